@@ -1,0 +1,89 @@
+"""Token-weighted, label-smoothed cross entropy, and accuracy. Tokens of weight 0 count for nothing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from core.layers import check_tokens
+
+
+class Batch(NamedTuple):
+    """Teacher forcing: `inputs` begins with BOS, `labels` is the same shifted left and ends with EOS."""
+
+    source: Int[Array, "*B S"]
+    source_mask: Bool[Array, "*B S"]
+    inputs: Int[Array, "*B T"]
+    labels: Int[Array, "*B T"]
+    target_mask: Bool[Array, "*B T"]  # True where there is a label to predict
+
+
+class Metrics(NamedTuple):
+    """Means over the tokens of a batch, and how many those were."""
+
+    loss: Float[Array, ""]  # nats a token, smoothed like the training loss
+    accuracy: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+def weighted_mean(values: Float[Array, "*B"], weights: Float[Array, "*B"]) -> Float[Array, ""]:
+    """Sum of weight times value over the sum of the weights; 0 if there is no weight."""
+    total = weights.sum()
+    counted = jnp.where(weights == 0, 0.0, values)  # 0 * NaN would be NaN
+    return (counted * weights).sum() / jnp.where(total == 0, 1.0, total)
+
+
+def token_cross_entropy(
+    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, label_smoothing: float = 0.0
+) -> Float[Array, "*B"]:
+    """-sum_v target_v log softmax(logits)_v in nats, target = (1 - s) one_hot(label) + s / V.
+
+    A label outside [0, V) gives NaN.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    vocab = logits.shape[-1]
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    known = (labels >= 0) & (labels < vocab)
+    index = jnp.where(known, labels, 0)[..., None]
+    chosen = jnp.where(known, jnp.take_along_axis(logits, index, axis=-1)[..., 0], jnp.nan)
+    expected = (1 - label_smoothing) * chosen
+    if label_smoothing:
+        expected = expected + label_smoothing * logits.mean(axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - expected
+
+
+def cross_entropy(
+    logits: Float[Array, "*B V"],
+    labels: Int[Array, "*B"],
+    *,
+    weights: Float[Array, "*B"] | None = None,
+    label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """The mean of `token_cross_entropy` over the tokens with weight; 0 if there are none.
+
+    Where weights are not given, a label out of range raises where it is known.
+    """
+    losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if weights is None:
+        check_tokens(labels, logits.shape[-1], "labels")
+        weights = jnp.ones_like(losses)
+    return weighted_mean(losses, weights.astype(losses.dtype))
+
+
+def accuracy(
+    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
+) -> Float[Array, ""]:
+    """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
+
+
+def sequence_metrics(logits: Float[Array, "*B T V"], batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:
+    """Loss and accuracy of predicting a batch's labels; the loss is what training minimises."""
+    weights = batch.target_mask.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = cross_entropy(logits, batch.labels, weights=weights, label_smoothing=label_smoothing)
+    return Metrics(loss, accuracy(logits, batch.labels, weights=weights), weights.sum())

@@ -1,0 +1,42 @@
+"""The Transformer as Equinox modules over `core`. `nnx_impl` mirrors it file by file."""
+
+from core.config import TransformerConfig
+from equinox_impl.attention import MultiHeadAttention
+from equinox_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
+from equinox_impl.decoding import evaluation, generate
+from equinox_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
+from equinox_impl.stacks import Decoder, Encoder
+from equinox_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
+from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from equinox_impl.weights import from_weights, to_weights
+
+__all__ = [
+    "Decoder",
+    "DecoderBlock",
+    "DecoderOnlyTransformer",
+    "Dropout",
+    "Embedding",
+    "Encoder",
+    "EncoderBlock",
+    "EncoderOnlyTransformer",
+    "FeedForward",
+    "LayerNorm",
+    "Linear",
+    "MultiHeadAttention",
+    "PositionEmbedding",
+    "RMSNorm",
+    "Trainer",
+    "Transformer",
+    "TransformerConfig",
+    "Unembedding",
+    "eval_step",
+    "evaluation",
+    "from_weights",
+    "functional_step",
+    "generate",
+    "init_transformer",
+    "loss_fn",
+    "to_weights",
+    "train_step",
+    "update",
+]

@@ -1,0 +1,83 @@
+"""Multi-head attention as an Equinox module."""
+
+import functools
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from core.attention import attention_with_weights, merge_heads, split_heads
+from core.cache import KeysValues, KVCache, cached_attention
+from core.config import TransformerConfig
+from core.layers import site_keys
+from core.positions import position_ids, rotary
+from equinox_impl.layers import Dropout, Linear
+
+
+class MultiHeadAttention(eqx.Module):
+    """Attention of x to itself or to a memory (Vaswani et al. 2017, section 3.2.2).
+
+    Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Rotary positions turn the
+    queries and keys of self-attention only.
+    """
+
+    config: TransformerConfig = eqx.field(static=True)
+    dropout: Dropout
+    k_proj: Linear
+    o_proj: Linear
+    q_proj: Linear
+    v_proj: Linear
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        linear = functools.partial(Linear, use_bias=config.attention_bias, param_dtype=config.param_dtype)
+        width, kv_width = config.d_model, config.kv_heads * config.head_dim
+        keys = iter(site_keys(key, 4))
+        self.config = config
+        self.dropout = Dropout(config.attention_dropout_rate)
+        self.k_proj = linear(config.d_model, kv_width, key=next(keys))
+        self.o_proj = linear(width, config.d_model, key=next(keys))
+        self.q_proj = linear(config.d_model, width, key=next(keys))
+        self.v_proj = linear(config.d_model, kv_width, key=next(keys))
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T D"],
+        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        causal: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B T D"]:
+        """The attended values; memory may come as vectors, or projected by `keys_values`."""
+        return self.run(x, memory, mask=mask, causal=causal, key=key)[0]
+
+    def run(
+        self,
+        x: Float[Array, "*B T D"],
+        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        return_weights: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*B T D"], KVCache | Float[Array, "*B N T S"] | None]:
+        """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`."""
+        q = split_heads(self.q_proj(x), self.config.num_heads)
+        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(x if memory is None else memory)
+        if self.config.positions == "rotary" and memory is None:
+            positions = position_ids(x, None if cache is None else cache.length)
+            q, k = (rotary(heads, positions, theta=self.config.rotary_theta) for heads in (q, k))
+        if cache is not None:
+            out, extra = cached_attention(q, k, v, cache)
+        else:
+            drop_key, rate = self.dropout.site_key(key), self.dropout.rate
+            out, weights = attention_with_weights(
+                q, k, v, mask=mask, causal=causal, dropout_key=drop_key, dropout_rate=rate
+            )
+            extra = weights if return_weights else None
+        return self.o_proj(merge_heads(out)), extra
+
+    def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:
+        """The projected keys and values of a memory, to be computed once and read at every step."""
+        heads = self.config.kv_heads
+        return KeysValues(split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads))

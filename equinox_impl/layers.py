@@ -1,0 +1,155 @@
+"""Equinox modules that hold the parameters of core's small layers.
+
+Array fields stand in alphabetical order, so that leaves flatten in the order of Flax NNX, by name: sums over a whole
+tree, such as the norm that gradients are clipped by, then agree in bits.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from core.config import Positions, TransformerConfig, check_rate
+from core.layers import (
+    dropout,
+    dropout_key,
+    embed,
+    embedding_init,
+    kernel_init,
+    layer_norm,
+    linear,
+    rms_norm,
+    site_keys,
+    unembed,
+)
+from core.positions import add_positions
+
+
+class Linear(eqx.Module):
+    """x kernel + bias: `[*B, in] -> [*B, out]`; kernel `[in, out]`, bias `[out]`."""
+
+    bias: Float[Array, "O"] | None
+    kernel: Float[Array, "I O"]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: str = "float32",
+        key: PRNGKeyArray,
+    ):
+        (kernel_key,), dtype = site_keys(key, 1), jnp.dtype(param_dtype)
+        self.bias = jnp.zeros(out_features, dtype) if use_bias else None
+        self.kernel = kernel_init(kernel_key, (in_features, out_features), dtype)
+
+    def __call__(self, x: Float[Array, "*B I"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B O"]:
+        return linear(x, self.kernel, self.bias)
+
+
+class LayerNorm(eqx.Module):
+    """Layer normalisation over the last axis; scale `[D]`, bias `[D]`."""
+
+    bias: Float[Array, "D"]
+    epsilon: float = eqx.field(static=True)
+    scale: Float[Array, "D"]
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+        self.bias = jnp.zeros(features, jnp.dtype(param_dtype))
+        self.epsilon = epsilon
+        self.scale = jnp.ones(features, jnp.dtype(param_dtype))
+
+    def __call__(self, x: Float[Array, "*B D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
+        return layer_norm(x, self.scale, self.bias, epsilon=self.epsilon)
+
+
+class RMSNorm(eqx.Module):
+    """Root mean square normalisation over the last axis; scale `[D]`."""
+
+    epsilon: float = eqx.field(static=True)
+    scale: Float[Array, "D"]
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+        self.epsilon = epsilon
+        self.scale = jnp.ones(features, jnp.dtype(param_dtype))
+
+    def __call__(self, x: Float[Array, "*B D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale, epsilon=self.epsilon)
+
+
+def norm_layer(config: TransformerConfig) -> LayerNorm | RMSNorm:
+    """The norm that the configuration names."""
+    layer = LayerNorm if config.norm == "layer_norm" else RMSNorm
+    return layer(config.d_model, epsilon=config.norm_epsilon, param_dtype=config.param_dtype)
+
+
+class Embedding(eqx.Module):
+    """Tokens to vectors, times scale; embedding `[V, D]`. Where it is tied, vectors to logits too."""
+
+    embedding: Float[Array, "V D"]
+    scale: float = eqx.field(static=True)
+
+    def __init__(
+        self, vocab_size: int, features: int, *, scale: float = 1.0, param_dtype: str = "float32", key: PRNGKeyArray
+    ):
+        (table_key,) = site_keys(key, 1)
+        self.embedding = embedding_init(table_key, (vocab_size, features), jnp.dtype(param_dtype))
+        self.scale = scale
+
+    def __call__(self, tokens: Int[Array, "*B"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
+        return embed(tokens, self.embedding, scale=self.scale)
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits against every row, not scaled."""
+        return unembed(x, self.embedding.T)
+
+
+class Unembedding(eqx.Module):
+    """Vectors to logits over a vocabulary; kernel `[D, V]`."""
+
+    kernel: Float[Array, "D V"]
+
+    def __init__(self, features: int, vocab_size: int, *, param_dtype: str = "float32", key: PRNGKeyArray):
+        (kernel_key,) = site_keys(key, 1)
+        self.kernel = kernel_init(kernel_key, (features, vocab_size), jnp.dtype(param_dtype))
+
+    def __call__(self, x: Float[Array, "*B D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B V"]:
+        return unembed(x, self.kernel)
+
+
+class PositionEmbedding(eqx.Module):
+    """Adds where a token stands; embedding `[max_length, D]` if positions are learned, else nothing to learn."""
+
+    embedding: Float[Array, "L D"] | None
+    kind: Positions = eqx.field(static=True)
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        self.embedding = None
+        self.kind = config.positions
+        if config.positions == "learned":
+            (table_key,), shape = site_keys(key, 1), (config.max_length, config.d_model)
+            self.embedding = embedding_init(table_key, shape, jnp.dtype(config.param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "*B T D"], *, offset: Int[Array, "*B"] | None = None, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*B T D"]:
+        return add_positions(x, kind=self.kind, embedding=self.embedding, offset=offset)
+
+
+class Dropout(eqx.Module):
+    """Dropout by a key given at the call. With `inference` the identity."""
+
+    inference: bool
+    rate: float = eqx.field(static=True)
+
+    def __init__(self, rate: float, *, inference: bool = False):
+        check_rate("the dropout rate", rate)
+        self.inference = inference
+        self.rate = rate
+
+    def __call__(self, x: Float[Array, "*S"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*S"]:
+        return dropout(x, self.rate, key=self.site_key(key))
+
+    def site_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
+        """The key to use here and now: None in inference; ValueError if training lacks one."""
+        return dropout_key(key, rate=self.rate, deterministic=self.inference)

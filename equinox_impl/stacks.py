@@ -1,0 +1,134 @@
+"""Encoder and decoder: stacks of blocks, as Equinox modules."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
+from core.config import TransformerConfig
+from core.layers import site_keys
+from equinox_impl.blocks import DecoderBlock, EncoderBlock
+from equinox_impl.layers import Dropout, LayerNorm, PositionEmbedding, RMSNorm, norm_layer
+
+
+class Encoder(eqx.Module):
+    """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
+
+    blocks: tuple[EncoderBlock, ...]
+    config: TransformerConfig = eqx.field(static=True)
+    dropout: Dropout
+    norm: LayerNorm | RMSNorm | None
+    position_embedding: PositionEmbedding
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        keys = iter(site_keys(key, config.num_encoder_layers + 1))
+        self.blocks = tuple(EncoderBlock(config, key=next(keys)) for _ in range(config.num_encoder_layers))
+        self.config = config
+        self.dropout = Dropout(config.dropout_rate)
+        self.norm = norm_layer(config) if config.norm_order == "pre" else None
+        self.position_embedding = PositionEmbedding(config, key=next(keys))
+
+    def __call__(
+        self, x: Float[Array, "*B S D"], *, mask: Bool[Array, "..."] | None = None, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*B S D"]:
+        """The memory that a decoder reads; `mask` broadcasts to `[*B, N, S, S]`."""
+        return self.run(x, mask=mask, key=key)[0]
+
+    def run(
+        self,
+        x: Float[Array, "*B S D"],
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        return_weights: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*B S D"], dict[str, Array]]:
+        """The same, and each block's attention weights by name if asked for."""
+        keys = site_keys(key, 1 + len(self.blocks))
+        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
+        x = self.dropout(x, key=keys[0])
+        extras = {}
+        for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
+            x, extra = block.run(x, mask=mask, return_weights=return_weights, key=key)
+            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
+        return x if self.norm is None else self.norm(x), extras
+
+
+class Decoder(eqx.Module):
+    """A stack of decoder blocks over vectors: `[*B, T, D]`, `[*B, S, D] -> [*B, T, D]`."""
+
+    blocks: tuple[DecoderBlock, ...]
+    config: TransformerConfig = eqx.field(static=True)
+    dropout: Dropout
+    norm: LayerNorm | RMSNorm | None
+    position_embedding: PositionEmbedding
+
+    def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, key: PRNGKeyArray):
+        keys = iter(site_keys(key, config.num_decoder_layers + 1))
+        self.blocks = tuple(
+            DecoderBlock(config, cross_attention=cross_attention, key=next(keys))
+            for _ in range(config.num_decoder_layers)
+        )
+        self.config = config
+        self.dropout = Dropout(config.dropout_rate)
+        self.norm = norm_layer(config) if config.norm_order == "pre" else None
+        self.position_embedding = PositionEmbedding(config, key=next(keys))
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T D"],
+        memory: Float[Array, "*B S D"] | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        memory_mask: Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B T D"]:
+        """The decoder's output; `mask` broadcasts to `[*B, N, T, T]`, `memory_mask` to `[*B, N, T, S]`."""
+        return self.run(x, memory, mask=mask, memory_mask=memory_mask, key=key)[0]
+
+    def run(
+        self,
+        x: Float[Array, "*B T D"],
+        memory: Float[Array, "*B S D"] | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        memory_mask: Bool[Array, "..."] | None = None,
+        return_weights: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*B T D"], dict[str, Array]]:
+        """The same, and each block's attention weights by name if asked for."""
+        keys = site_keys(key, 1 + len(self.blocks))
+        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
+        x = self.dropout(x, key=keys[0])
+        extras = {}
+        for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
+            x, extra = block.run(x, memory, mask=mask, memory_mask=memory_mask, return_weights=return_weights, key=key)
+            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
+        return x if self.norm is None else self.norm(x), extras
+
+    def init_cache(
+        self,
+        batch: tuple[int, ...],
+        capacity: int,
+        memory: Float[Array, "*B S D"] | None = None,
+        *,
+        memory_mask: Bool[Array, "*B 1 1 S"] | None = None,
+    ) -> DecoderCache:
+        """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        slots = [empty_keys_values(batch, capacity, config.kv_heads, config.head_dim, dtype) for _ in self.blocks]
+        projected = () if memory is None else tuple(b.cross_attention.keys_values(memory) for b in self.blocks)
+        return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32))
+
+    def step(
+        self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
+        """The output at T more tokens, of which the first `count` of each row are real."""
+        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), offset=cache.length)
+        memories: tuple[KeysValues | None, ...] = cache.memory or (None,) * len(self.blocks)
+        grown = []
+        for block, slots, memory in zip(self.blocks, cache.attention, memories, strict=True):
+            x, extra = block.run(x, memory, memory_mask=cache.memory_mask, cache=KVCache(slots, cache.length))
+            grown.append(extra["attention"].keys_values)
+        length = cache.length + (x.shape[-2] if count is None else count)
+        x = x if self.norm is None else self.norm(x)
+        return x, cache._replace(attention=tuple(grown), length=length)

@@ -1,0 +1,131 @@
+"""Training and evaluating an Equinox model, in the idiom of the framework."""
+
+from collections.abc import Callable, Mapping
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from core.config import TransformerConfig
+from core.losses import Batch, Metrics, sequence_metrics
+from core.weights import dotted
+from equinox_impl.decoding import evaluation
+from equinox_impl.transformer import Transformer
+from equinox_impl.weights import from_weights, to_weights
+
+
+def loss_fn(
+    model: Transformer, batch: Batch, key: PRNGKeyArray | None = None, *, label_smoothing: float = 0.0
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a batch, and its metrics."""
+    masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+    logits = model(batch.source, batch.inputs, **masks, key=key)
+    metrics = sequence_metrics(logits, batch, label_smoothing=label_smoothing)
+    return metrics.loss, metrics
+
+
+def update(
+    model: Transformer,
+    opt_state: optax.OptState,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    *,
+    tx: optax.GradientTransformation,
+    label_smoothing: float = 0.0,
+) -> tuple[Transformer, optax.OptState, Metrics]:
+    """One step of the optimizer; `train_step` is the same, jitted."""
+
+    def objective(model):
+        return loss_fn(model, batch, key, label_smoothing=label_smoothing)
+
+    grads, metrics = eqx.filter_grad(objective, has_aux=True)(model)
+    updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
+    return eqx.apply_updates(model, updates), opt_state, metrics
+
+
+def train_step(
+    model: Transformer,
+    opt_state: optax.OptState,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    *,
+    tx: optax.GradientTransformation,
+    label_smoothing: float = 0.0,
+) -> tuple[Transformer, optax.OptState, Metrics]:
+    """`update`, jitted; the buffers of the model and of the optimizer's state are reused, so drop the old ones."""
+    return _train_step((batch, key), model, opt_state, tx=tx, label_smoothing=label_smoothing)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _train_step(kept, model, opt_state, *, tx, label_smoothing):
+    return update(model, opt_state, *kept, tx=tx, label_smoothing=label_smoothing)
+
+
+@eqx.filter_jit
+def eval_step(model: Transformer, batch: Batch) -> Metrics:
+    """The metrics of a batch with dropout off, the loss not smoothed."""
+    return loss_fn(evaluation(model), batch)[1]
+
+
+class Trainer:
+    """A model, its optimizer and its randomness, behind the methods that both frontends share."""
+
+    def __init__(
+        self, model: Transformer, tx: optax.GradientTransformation, *, seed: int = 0, label_smoothing: float = 0.0
+    ):
+        self.key = jax.random.key(seed)
+        self.label_smoothing = label_smoothing
+        self.model = model
+        self.opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        self.step = 0
+        self.tx = tx
+
+    def train(self, batch: Batch) -> Metrics:
+        """One step; step n drops by fold_in(key(seed), n)."""
+        self.model, self.opt_state, metrics = train_step(
+            self.model,
+            self.opt_state,
+            batch,
+            jax.random.fold_in(self.key, self.step),
+            tx=self.tx,
+            label_smoothing=self.label_smoothing,
+        )
+        self.step += 1
+        return metrics
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """The metrics of a batch with dropout off."""
+        return eval_step(self.model, batch)
+
+    def optimizer_state(self) -> dict[str, Array]:
+        """The optimizer's arrays by name, the same names in both frontends."""
+        return _opt_arrays(self.opt_state)
+
+
+def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
+    """A new model; the same seed gives the same bits in both frontends."""
+    return Transformer(config, key=jax.random.key(seed))
+
+
+def functional_step(
+    config: TransformerConfig, tx: optax.GradientTransformation, *, label_smoothing: float = 0.0
+) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
+    """`update` as a pure function of flat dictionaries, for plain `jax.jit` and to compare programs.
+
+    (weights, optimizer state, batch, key) -> (weights, optimizer state, metrics)
+    """
+
+    def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray | None):
+        model = from_weights(config, weights)
+        opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        filled = [state[name] for name in _opt_arrays(opt_state)]
+        opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), filled)
+        model, opt_state, metrics = update(model, opt_state, batch, key, tx=tx, label_smoothing=label_smoothing)
+        return to_weights(model), _opt_arrays(opt_state), metrics
+
+    return step
+
+
+def _opt_arrays(opt_state: optax.OptState) -> dict[str, Array]:
+    return {dotted(path): array for path, array in jax.tree.leaves_with_path(opt_state)}

@@ -1,0 +1,42 @@
+"""The Transformer as Flax NNX modules over `core`. `equinox_impl` mirrors it file by file."""
+
+from core.config import TransformerConfig
+from nnx_impl.attention import MultiHeadAttention
+from nnx_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
+from nnx_impl.decoding import evaluation, generate
+from nnx_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
+from nnx_impl.stacks import Decoder, Encoder
+from nnx_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
+from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from nnx_impl.weights import from_weights, to_weights
+
+__all__ = [
+    "Decoder",
+    "DecoderBlock",
+    "DecoderOnlyTransformer",
+    "Dropout",
+    "Embedding",
+    "Encoder",
+    "EncoderBlock",
+    "EncoderOnlyTransformer",
+    "FeedForward",
+    "LayerNorm",
+    "Linear",
+    "MultiHeadAttention",
+    "PositionEmbedding",
+    "RMSNorm",
+    "Trainer",
+    "Transformer",
+    "TransformerConfig",
+    "Unembedding",
+    "eval_step",
+    "evaluation",
+    "from_weights",
+    "functional_step",
+    "generate",
+    "init_transformer",
+    "loss_fn",
+    "to_weights",
+    "train_step",
+    "update",
+]

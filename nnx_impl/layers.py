@@ -1,0 +1,145 @@
+"""Flax NNX modules that hold the parameters of core's small layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from core.config import TransformerConfig, check_rate
+from core.layers import dropout, dropout_key, embed, embedding_init, kernel_init, layer_norm, linear, rms_norm, unembed
+from core.positions import add_positions
+
+Rngs = nnx.Rngs | nnx.RngStream | PRNGKeyArray
+
+
+def call_key(rngs: Rngs | None) -> PRNGKeyArray | None:
+    """The key of one call: the next one of an NNX stream, or the key given."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout()
+    return rngs() if isinstance(rngs, nnx.RngStream) else rngs
+
+
+def sharded(*axes: str) -> dict[str, Any]:
+    """Metadata that names a parameter's axes, for `nnx.get_partition_spec` and `nnx.logical_axis_rules`."""
+    return {"out_sharding": axes, "eager_sharding": False}
+
+
+class Linear(nnx.Module):
+    """x kernel + bias: `[*B, in] -> [*B, out]`; kernel `[in, out]`, bias `[out]`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: str = "float32",
+        kernel_metadata: Mapping[str, Any] = {},
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(param_dtype)
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else nnx.data(None)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype), **kernel_metadata)
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis; scale `[D]`, bias `[D]`."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+        self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)))
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation over the last axis; scale `[D]`."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], epsilon=self.epsilon)
+
+
+def norm_layer(config: TransformerConfig) -> LayerNorm | RMSNorm:
+    """The norm that the configuration names."""
+    layer = LayerNorm if config.norm == "layer_norm" else RMSNorm
+    return layer(config.d_model, epsilon=config.norm_epsilon, param_dtype=config.param_dtype)
+
+
+class Embedding(nnx.Module):
+    """Tokens to vectors, times scale; embedding `[V, D]`. Where it is tied, vectors to logits too."""
+
+    def __init__(
+        self, vocab_size: int, features: int, *, scale: float = 1.0, param_dtype: str = "float32", rngs: nnx.Rngs
+    ):
+        table = embedding_init(rngs.params(), (vocab_size, features), jnp.dtype(param_dtype))
+        self.embedding = nnx.Param(table, **sharded("vocab", "embed"))
+        self.scale = scale
+
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return embed(tokens, self.embedding[...], scale=self.scale)
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits against every row, not scaled."""
+        return unembed(x, self.embedding[...].T)
+
+
+class Unembedding(nnx.Module):
+    """Vectors to logits over a vocabulary; kernel `[D, V]`."""
+
+    def __init__(self, features: int, vocab_size: int, *, param_dtype: str = "float32", rngs: nnx.Rngs):
+        kernel = kernel_init(rngs.params(), (features, vocab_size), jnp.dtype(param_dtype))
+        self.kernel = nnx.Param(kernel, **sharded("embed", "vocab"))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        return unembed(x, self.kernel[...])
+
+
+class PositionEmbedding(nnx.Module):
+    """Adds where a token stands; embedding `[max_length, D]` if positions are learned, else nothing to learn."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.embedding = nnx.data(None)
+        self.kind = config.positions
+        if config.positions == "learned":
+            shape = (config.max_length, config.d_model)
+            self.embedding = nnx.Param(embedding_init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+
+    def __call__(self, x: Float[Array, "*B T D"], *, offset: Int[Array, "*B"] | None = None) -> Float[Array, "*B T D"]:
+        table = None if self.embedding is None else self.embedding[...]
+        return add_positions(x, kind=self.kind, embedding=table, offset=offset)
+
+
+class Dropout(nnx.Module):
+    """Dropout by a key given at the call; nothing random is stored. In evaluation the identity."""
+
+    def __init__(self, rate: float, *, deterministic: bool = False):
+        check_rate("the dropout rate", rate)
+        self.deterministic = deterministic
+        self.rate = rate
+
+    def __call__(self, x: Float[Array, "*S"], *, rngs: Rngs | None = None) -> Float[Array, "*S"]:
+        return dropout(x, self.rate, key=self.site_key(rngs))
+
+    def site_key(self, rngs: Rngs | None) -> PRNGKeyArray | None:
+        """The key to use here and now: None in evaluation; ValueError if training lacks one."""
+        return dropout_key(call_key(rngs), rate=self.rate, deterministic=self.deterministic)
+
+    def set_view(self, deterministic: bool | None = None):
+        """Read by `nnx.view`.
+
+        Args:
+          deterministic: True switches dropout off, False on.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic

@@ -1,0 +1,225 @@
+"""The encoder-decoder, the encoder-only and the decoder-only model, as Flax NNX modules."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from core.cache import DecoderCache
+from core.config import TransformerConfig
+from core.decoding import BOS, prompt_lengths
+from core.layers import site_keys
+from core.masks import padding_mask
+from nnx_impl.layers import Embedding, Rngs, Unembedding, call_key
+from nnx_impl.stacks import Decoder, Encoder
+
+
+class Transformer(nnx.Module):
+    """The encoder-decoder of Vaswani et al. (2017).
+
+    >>> config = TransformerConfig(source_vocab_size=9, target_vocab_size=9, d_model=8, num_heads=2, d_ff=16)
+    >>> model = nnx.view(Transformer(config, rngs=nnx.Rngs(0)), deterministic=True)
+    >>> model(jnp.array([[1, 2, 3]]), jnp.array([[1, 2]])).shape
+    (1, 2, 9)
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        source, target = config.vocab_size("source"), config.vocab_size("target")
+        self.config = config
+        table = functools.partial(Embedding, scale=math.sqrt(config.d_model), param_dtype=config.param_dtype)
+        self.decoder = Decoder(config, rngs=rngs.fork())
+        self.encoder = Encoder(config, rngs=rngs.fork())
+        self.output_proj = nnx.data(None)
+        if config.tie_embeddings == "none":
+            self.output_proj = Unembedding(config.d_model, target, param_dtype=config.param_dtype, rngs=rngs.fork())
+        self.source_embedding = nnx.data(None)
+        if config.tie_embeddings != "all":
+            self.source_embedding = table(source, config.d_model, rngs=rngs.fork())
+        self.target_embedding = table(target, config.d_model, rngs=rngs.fork())
+
+    def __call__(
+        self,
+        source: Int[Array, "*B S"],
+        target: Int[Array, "*B T"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        target_mask: Bool[Array, "*B T"] | None = None,
+        rngs: Rngs | None = None,
+    ) -> Float[Array, "*B T V"]:
+        """Logits of the token after each target token; masks are True at real tokens."""
+        return self.run(source, target, source_mask=source_mask, target_mask=target_mask, rngs=rngs)[0]
+
+    def run(
+        self,
+        source: Int[Array, "*B S"],
+        target: Int[Array, "*B T"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        target_mask: Bool[Array, "*B T"] | None = None,
+        return_weights: bool = False,
+        rngs: Rngs | None = None,
+    ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
+        """The same, and if asked for every attention's weights, before dropout, by the name of its module."""
+        keys = site_keys(call_key(rngs), 2)
+        memory_mask = padding_mask(source_mask, source.shape)
+        memory, encoder = self.encoder.run(
+            self.embed_source(source), mask=memory_mask, return_weights=return_weights, rngs=keys[0]
+        )
+        x, decoder = self.decoder.run(
+            self.target_embedding(target),
+            memory,
+            mask=padding_mask(target_mask, target.shape),
+            memory_mask=memory_mask,
+            return_weights=return_weights,
+            rngs=keys[1],
+        )
+        weights = {f"encoder.{name}": value for name, value in encoder.items()}
+        return self.logits(x), weights | {f"decoder.{name}": value for name, value in decoder.items()}
+
+    def encode(
+        self, source: Int[Array, "*B S"], *, source_mask: Bool[Array, "*B S"] | None = None
+    ) -> Float[Array, "*B S D"]:
+        """The memory of a source, for use in evaluation."""
+        return self.encoder(self.embed_source(source), mask=padding_mask(source_mask, source.shape))
+
+    def start(
+        self,
+        source: Int[Array, "*B S"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        max_length: int,
+        bos_id: int = BOS,
+    ) -> tuple[Int[Array, "*B"], DecoderCache]:
+        """What a decoding loop begins with: each row's first token, and the cache that holds its source."""
+        memory, mask = self.encode(source, source_mask=source_mask), padding_mask(source_mask, source.shape)
+        cache = self.decoder.init_cache(source.shape[:-1], max_length, memory, memory_mask=mask)
+        return jnp.full(source.shape[:-1], bos_id, jnp.int32), cache
+
+    def decode_step(
+        self, tokens: Int[Array, "*B T"], cache: DecoderCache
+    ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
+        """Logits after each of T more tokens, and the grown cache."""
+        x, cache = self.decoder.step(self.target_embedding(tokens), cache)
+        return self.logits(x), cache
+
+    def embed_source(self, source: Int[Array, "*B S"]) -> Float[Array, "*B S D"]:
+        """Vectors of the source tokens, from the joint table if there is one."""
+        return self.target_embedding(source) if self.source_embedding is None else self.source_embedding(source)
+
+    def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
+        """Over the target vocabulary, by the tied table or by a projection of its own."""
+        return self.target_embedding.attend(x) if self.output_proj is None else self.output_proj(x)
+
+
+class EncoderOnlyTransformer(nnx.Module):
+    """Every token sees every other: logits over the source vocabulary, as in masked language modelling."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        vocab, width = config.vocab_size("source"), config.d_model
+        self.config = config
+        self.embedding = Embedding(
+            vocab, width, scale=math.sqrt(width), param_dtype=config.param_dtype, rngs=rngs.fork()
+        )
+        self.encoder = Encoder(config, rngs=rngs.fork())
+        self.output_proj = nnx.data(None)
+        if config.tie_embeddings == "none":
+            self.output_proj = Unembedding(width, vocab, param_dtype=config.param_dtype, rngs=rngs.fork())
+
+    def __call__(
+        self,
+        source: Int[Array, "*B S"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        rngs: Rngs | None = None,
+    ) -> Float[Array, "*B S V"]:
+        """Logits at each token."""
+        return self.run(source, source_mask=source_mask, rngs=rngs)[0]
+
+    def run(
+        self,
+        source: Int[Array, "*B S"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        return_weights: bool = False,
+        rngs: Rngs | None = None,
+    ) -> tuple[Float[Array, "*B S V"], dict[str, Float[Array, "..."]]]:
+        """The same, and if asked for every attention's weights by the name of its module."""
+        mask = padding_mask(source_mask, source.shape)
+        x, weights = self.encoder.run(
+            self.embedding(source), mask=mask, return_weights=return_weights, rngs=call_key(rngs)
+        )
+        return self.logits(x), {f"encoder.{name}": value for name, value in weights.items()}
+
+    def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
+        """Over the source vocabulary, by the tied table or by a projection of its own."""
+        return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
+
+
+class DecoderOnlyTransformer(nnx.Module):
+    """A causal language model over the target vocabulary."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        vocab, width = config.vocab_size("target"), config.d_model
+        self.config = config
+        self.decoder = Decoder(config, cross_attention=False, rngs=rngs.fork())
+        self.embedding = Embedding(
+            vocab, width, scale=math.sqrt(width), param_dtype=config.param_dtype, rngs=rngs.fork()
+        )
+        self.output_proj = nnx.data(None)
+        if config.tie_embeddings == "none":
+            self.output_proj = Unembedding(width, vocab, param_dtype=config.param_dtype, rngs=rngs.fork())
+
+    def __call__(
+        self,
+        target: Int[Array, "*B T"],
+        *,
+        target_mask: Bool[Array, "*B T"] | None = None,
+        rngs: Rngs | None = None,
+    ) -> Float[Array, "*B T V"]:
+        """Logits of the token after each."""
+        return self.run(target, target_mask=target_mask, rngs=rngs)[0]
+
+    def run(
+        self,
+        target: Int[Array, "*B T"],
+        *,
+        target_mask: Bool[Array, "*B T"] | None = None,
+        return_weights: bool = False,
+        rngs: Rngs | None = None,
+    ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
+        """The same, and if asked for every attention's weights by the name of its module."""
+        mask = padding_mask(target_mask, target.shape)
+        x, weights = self.decoder.run(
+            self.embedding(target), mask=mask, return_weights=return_weights, rngs=call_key(rngs)
+        )
+        return self.logits(x), {f"decoder.{name}": value for name, value in weights.items()}
+
+    def start(
+        self,
+        source: Int[Array, "*B T"],
+        *,
+        source_mask: Bool[Array, "*B T"] | None = None,
+        max_length: int,
+        bos_id: int = BOS,
+    ) -> tuple[Int[Array, "*B"], DecoderCache]:
+        """What a decoding loop begins with: the prompt's last token, and the cache of those before it.
+
+        Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair.
+        """
+        lengths = prompt_lengths(source_mask, source)
+        cache = self.decoder.init_cache(source.shape[:-1], source.shape[-1] + max_length)
+        _, cache = self.decoder.step(self.embedding(source), cache, count=lengths - 1)
+        return jnp.take_along_axis(source, lengths[..., None] - 1, axis=-1)[..., 0], cache
+
+    def decode_step(
+        self, tokens: Int[Array, "*B T"], cache: DecoderCache
+    ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
+        """Logits after each of T more tokens, and the grown cache."""
+        x, cache = self.decoder.step(self.embedding(tokens), cache)
+        return self.logits(x), cache
+
+    def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
+        """Over the target vocabulary, by the tied table or by a projection of its own."""
+        return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)

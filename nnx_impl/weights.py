@@ -1,0 +1,41 @@
+"""Exchange of weights between a Flax NNX model and a flat {dotted name: array}."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from core.config import TransformerConfig
+from core.weights import check_weights
+from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+
+Model = TypeVar("Model", Transformer, EncoderOnlyTransformer, DecoderOnlyTransformer)
+
+
+def to_weights(model: nnx.Module) -> dict[str, Array]:
+    """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`."""
+    return {name: param[...] for name, param in _params(nnx.state(model, nnx.Param)).items()}
+
+
+def from_weights(
+    config: TransformerConfig, weights: Mapping[str, Array], *, model_class: type[Model] = Transformer
+) -> Model:
+    """The model that the configuration describes, with these weights; no random numbers are drawn.
+
+    ValueError lists every name that is missing, extra or of another shape or dtype.
+    """
+    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    params = _params(state)
+    check_weights(weights, {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in params.items()})
+    for name, param in params.items():
+        param.set_value(jnp.asarray(weights[name]))
+    nnx.update(model, state)
+    return model
+
+
+def _params(state: nnx.State) -> dict[str, nnx.Param]:
+    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}

@@ -1,0 +1,84 @@
+"""What the laws draw: small shapes in buckets, so that JAX compiles little, and bulk data by a seed."""
+
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from core.config import TransformerConfig
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of one attention; `batch` are the leading axes."""
+
+    batch: tuple[int, ...]
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+
+
+SQUARE_SHAPES = [
+    AttentionShape((2,), 3, 3, 2, 2, 4, 4),
+    AttentionShape((), 1, 1, 1, 1, 1, 1),
+    AttentionShape((3,), 5, 5, 4, 2, 3, 5),
+    AttentionShape((2, 1, 2), 7, 7, 3, 1, 8, 2),
+]
+RECTANGULAR_SHAPES = [
+    AttentionShape((2,), 2, 5, 2, 2, 4, 4),
+    AttentionShape((), 7, 3, 6, 3, 5, 3),
+    AttentionShape((2, 2), 1, 8, 4, 1, 2, 7),
+]
+square_shapes = st.sampled_from(SQUARE_SHAPES)
+attention_shapes = st.sampled_from(SQUARE_SHAPES + RECTANGULAR_SHAPES)
+
+
+def qkv(shape: AttentionShape, seed: int, dtype="float32", scale: float = 1.0) -> list[np.ndarray]:
+    """Queries, keys and values, all numbers distinct."""
+    rng = np.random.default_rng(seed)
+    sizes = [(shape.T, shape.N, shape.H), (shape.S, shape.K, shape.H), (shape.S, shape.K, shape.Hv)]
+    return [(scale * rng.standard_normal((*shape.batch, *size))).astype(dtype) for size in sizes]
+
+
+def bool_mask(shape: AttentionShape, seed: int, density: float = 0.6) -> np.ndarray:
+    """A mask with the rank of the logits, some of its axes 1; whole rows may be False."""
+    rng = np.random.default_rng([seed, 1])
+    full = (*shape.batch, shape.N, shape.T, shape.S)
+    size = tuple(n if rng.random() < 0.7 else 1 for n in full[:-1]) + full[-1:]
+    return rng.random(size) < density
+
+
+@st.composite
+def configs(draw, **fixed) -> TransformerConfig:
+    """A small configuration; the first choice of each field is the simplest."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    width = draw(st.sampled_from([2, 4, 6])) * heads
+    fields = {
+        "source_vocab_size": 11,
+        "target_vocab_size": 13,
+        "d_model": width,
+        "num_heads": heads,
+        "num_kv_heads": draw(st.sampled_from([None, 1])),
+        "d_ff": draw(st.sampled_from([5, 16])),
+        "num_encoder_layers": draw(st.integers(0, 2)),
+        "num_decoder_layers": draw(st.integers(0, 2)),
+        "max_length": 12,
+        "dropout_rate": draw(st.sampled_from([0.0, 0.25])),
+        "attention_dropout_rate": draw(st.sampled_from([0.0, 0.25])),
+        "activation": draw(st.sampled_from(["relu", "gelu", "swiglu"])),
+        "norm": draw(st.sampled_from(["layer_norm", "rms_norm"])),
+        "norm_order": draw(st.sampled_from(["post", "pre"])),
+        "positions": draw(st.sampled_from(["sinusoidal", "learned", "rotary", "none"])),
+        "attention_bias": draw(st.booleans()),
+        "feed_forward_bias": draw(st.booleans()),
+        "tie_embeddings": draw(st.sampled_from(["none", "target", "all"])),
+        "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
+    }
+    fields |= fixed
+    if fields["tie_embeddings"] == "all":
+        fields["source_vocab_size"] = fields["target_vocab_size"]
+    return TransformerConfig(**fields)
