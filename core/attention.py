@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from core.layers import dropout
+from core.layers import dropout, wide_dtype
 
 Offset = int | Int[Array, "*B"]
 Window = tuple[int, int]
@@ -103,7 +103,7 @@ def attention_weights(
 ) -> Float[Array, "*B N T S"]:
     """softmax(scale * q k^T + bias) over the allowed keys; a row without any is exactly 0."""
     allowed = allowed_keys(q, k, mask=mask, bias=bias, causal=causal, q_offset=q_offset, window=window)
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = wide_dtype(q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     # q is scaled before the product, so that large finite inputs do not overflow on the way
     q = (q.astype(dtype) * scale).reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])

@@ -77,7 +77,7 @@ class TransformerConfig:
                 "tie_embeddings='all' needs one joint vocabulary, got source_vocab_size="
                 f"{sizes[0]}, target_vocab_size={sizes[1]}; use 'target' or 'none'"
             )
-        if "float64" in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
+        if "float64" in (self.dtype, self.param_dtype) and jax.dtypes.canonicalize_dtype("float64") != "float64":
             raise ValueError("float64 needs jax.config.update('jax_enable_x64', True) first")
 
     @property

@@ -1,7 +1,7 @@
 """Generation from any `step(tokens [*B, 1], cache) -> (logits [*B, 1, V], cache)`, as one compiled loop."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from core.layers import known_values
 
-Cache = TypeVar("Cache")
-Step = Callable[[Int[Array, "*B 1"], Cache], tuple[Float[Array, "*B 1 V"], Cache]]
+Step = Callable[[Int[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
 PAD, BOS, EOS = 0, 1, 2
 """The ids of padding, beginning and end that are assumed unless others are given."""
 
 
 def greedy(
-    step: Step, tokens: Int[Array, "*B"], cache: Cache, *, max_length: int, eos_id: int = EOS, pad_id: int = PAD
+    step: Step, tokens: Int[Array, "*B"], cache: Any, *, max_length: int, eos_id: int = EOS, pad_id: int = PAD
 ) -> Int[Array, "*B L"]:
     """The likeliest token each time, ties to the lowest id, L = max_length tokens a row.
 

@@ -6,6 +6,7 @@ from typing import TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from core.config import Activation, NormOrder, check_rate
@@ -16,6 +17,11 @@ kernel_init = jax.nn.initializers.glorot_uniform()
 """Kernels (in, out): uniform, variance 2 / (in + out) (Glorot and Bengio 2010)."""
 embedding_init = jax.nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 """Embeddings (V, D): normal, variance 1 / D, so that rows have length 1, and sqrt(D) after scaling."""
+
+
+def wide_dtype(x: Array) -> jnp.dtype:
+    """The dtype of sums, softmax and norms: float64 for float64, float32 for all else."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def linear(
@@ -33,7 +39,7 @@ def layer_norm(
 
     The variance is that of the centred values: E[x^2] - E[x]^2 loses all digits where the mean is large.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     scaled = normed * _along_last(scale.astype(wide.dtype), wide)
@@ -42,7 +48,7 @@ def layer_norm(
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, epsilon: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + epsilon) * scale (Zhang and Sennrich 2019), in at least float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
     return (normed * _along_last(scale.astype(wide.dtype), wide)).astype(x.dtype)
 
@@ -96,12 +102,12 @@ def check_tokens(tokens: Int[Array, "*B"], vocab_size: int, name: str = "tokens"
 
 def known_values(x: Array) -> np.ndarray | None:
     """The numbers in x; None where they are not known, inside of jit, grad or vmap."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return None if isinstance(x, Tracer) else np.asarray(x)
 
 
 def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 

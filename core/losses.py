@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from core.layers import check_tokens
+from core.layers import check_tokens, wide_dtype
 
 
 class Batch(NamedTuple):
@@ -46,7 +46,7 @@ def token_cross_entropy(
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     vocab = logits.shape[-1]
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(wide_dtype(logits))
     known = (labels >= 0) & (labels < vocab)
     index = jnp.where(known, labels, 0)[..., None]
     chosen = jnp.where(known, jnp.take_along_axis(logits, index, axis=-1)[..., 0], jnp.nan)
@@ -84,6 +84,6 @@ def accuracy(
 
 def sequence_metrics(logits: Float[Array, "*B T V"], batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:
     """Loss and accuracy of predicting a batch's labels; the loss is what training minimises."""
-    weights = batch.target_mask.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    weights = batch.target_mask.astype(wide_dtype(logits))
     loss = cross_entropy(logits, batch.labels, weights=weights, label_smoothing=label_smoothing)
     return Metrics(loss, accuracy(logits, batch.labels, weights=weights), weights.sum())

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from core.config import Positions
-from core.layers import embed
+from core.layers import embed, wide_dtype
 
 _TWO_PI = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -55,7 +55,7 @@ def add_positions(
     A position beyond a learned table raises, and gives NaN under jit.
     """
     if kind == "sinusoidal":
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = wide_dtype(x)
         return x + sinusoidal(position_ids(x, offset), x.shape[-1], dtype).astype(x.dtype)
     if kind == "learned":
         if embedding is None:
@@ -85,7 +85,7 @@ def rotary(
     """
     if x.shape[-1] % 2:
         raise ValueError(f"rotary positions need an even head width, got H={x.shape[-1]}")
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x)
     sin, cos = sin_cos(positions[..., None], inverse_frequencies(x.shape[-1], theta), dtype)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

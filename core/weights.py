@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,11 @@ def load(path: str | os.PathLike) -> dict[str, Array]:
     return {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
 
 
-def check_weights(weights: Mapping[str, Array], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """One ValueError that lists every missing, extra, misshapen and wrongly typed name."""
+def check_weights(weights: Mapping[str, Array], expected: Mapping[str, Any]) -> None:
+    """One ValueError that lists every missing, extra, misshapen and wrongly typed name.
+
+    What is expected may be arrays or anything with their shape and dtype.
+    """
     faults = [f"missing {name} {_describe(expected[name])}" for name in expected if name not in weights]
     faults += [f"extra {name} {_describe(weights[name])}" for name in weights if name not in expected]
     faults += [

@@ -1,6 +1,7 @@
 """The encoder's and the decoder's block as Equinox modules."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -66,21 +67,21 @@ class EncoderBlock(eqx.Module):
         mask: Bool[Array, "..."] | None = None,
         return_weights: bool = False,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*B S D"], dict[str, Array]]:
+    ) -> tuple[Float[Array, "*B S D"], dict[str, Any]]:
         """The same, and its attention weights by name if asked for."""
         keys = site_keys(key, 3)
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, weights = wrap(
             x,
-            lambda x: self.attention.run(x, mask=mask, return_weights=return_weights, key=keys[0]),
+            functools.partial(self.attention.run, mask=mask, return_weights=return_weights, key=keys[0]),
             norm=self.attention_norm,
-            dropout=lambda x: self.dropout(x, key=keys[1]),
+            dropout=functools.partial(self.dropout, key=keys[1]),
         )
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
-            dropout=lambda x: self.dropout(x, key=keys[2]),
+            dropout=functools.partial(self.dropout, key=keys[2]),
         )
         return x, {} if weights is None else {"attention": weights}
 
@@ -133,7 +134,7 @@ class DecoderBlock(eqx.Module):
         cache: KVCache | None = None,
         return_weights: bool = False,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*B T D"], dict[str, KVCache | Array]]:
+    ) -> tuple[Float[Array, "*B T D"], dict[str, Any]]:
         """The same, and by name what was asked for besides: the grown cache, or the attention weights."""
         if (memory is None) != (self.cross_attention is None):
             raise ValueError("a decoder block with cross-attention needs a memory, and one without takes none")
@@ -141,27 +142,31 @@ class DecoderBlock(eqx.Module):
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, extra = wrap(
             x,
-            lambda x: self.attention.run(
-                x, mask=mask, causal=True, cache=cache, return_weights=return_weights, key=keys[0]
+            functools.partial(
+                self.attention.run, mask=mask, causal=True, cache=cache, return_weights=return_weights, key=keys[0]
             ),
             norm=self.attention_norm,
-            dropout=lambda x: self.dropout(x, key=keys[1]),
+            dropout=functools.partial(self.dropout, key=keys[1]),
         )
         cross_extra = None
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
             x, cross_extra = wrap(
                 x,
-                lambda x: self.cross_attention.run(
-                    x, memory, mask=memory_mask, return_weights=return_weights, key=keys[2]
+                functools.partial(
+                    self.cross_attention.run,
+                    memory=memory,
+                    mask=memory_mask,
+                    return_weights=return_weights,
+                    key=keys[2],
                 ),
                 norm=self.cross_attention_norm,
-                dropout=lambda x: self.dropout(x, key=keys[3]),
+                dropout=functools.partial(self.dropout, key=keys[3]),
             )
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
-            dropout=lambda x: self.dropout(x, key=keys[4]),
+            dropout=functools.partial(self.dropout, key=keys[4]),
         )
         extras = {"attention": extra, "cross_attention": cross_extra}
         return x, {name: value for name, value in extras.items() if value is not None}

@@ -116,7 +116,13 @@ class Decoder(eqx.Module):
         """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         slots = [empty_keys_values(batch, capacity, config.kv_heads, config.head_dim, dtype) for _ in self.blocks]
-        projected = () if memory is None else tuple(b.cross_attention.keys_values(memory) for b in self.blocks)
+        projected = (
+            ()
+            if memory is None
+            else tuple(
+                block.cross_attention.keys_values(memory) for block in self.blocks if block.cross_attention is not None
+            )
+        )
         return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32))
 
     def step(

@@ -113,14 +113,15 @@ def functional_step(
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
     """`update` as a pure function of flat dictionaries, for plain `jax.jit` and to compare programs.
 
-    (weights, optimizer state, batch, key) -> (weights, optimizer state, metrics)
+    (weights, optimizer state, batch, key, n) -> (weights, optimizer state, metrics), for step n of a run with that key
     """
 
-    def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray | None):
+    def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
         model = from_weights(config, weights)
         opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
         filled = [state[name] for name in _opt_arrays(opt_state)]
         opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), filled)
+        key = jax.random.fold_in(key, n)
         model, opt_state, metrics = update(model, opt_state, batch, key, tx=tx, label_smoothing=label_smoothing)
         return to_weights(model), _opt_arrays(opt_state), metrics
 

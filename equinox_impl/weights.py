@@ -1,7 +1,7 @@
 """Exchange of weights between an Equinox model and a flat {dotted name: array}."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -34,5 +34,5 @@ def from_weights(
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), filled), rest)
 
 
-def _params(tree: eqx.Module) -> dict[str, Array]:
+def _params(tree: eqx.Module) -> dict[str, Any]:
     return {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

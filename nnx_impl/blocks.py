@@ -1,12 +1,13 @@
 """The encoder's and the decoder's block as Flax NNX modules."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from core.cache import KeysValues, KVCache
-from core.config import TransformerConfig
+from core.config import Activation, NormOrder, TransformerConfig
 from core.layers import feed_forward, residual, site_keys
 from nnx_impl.attention import MultiHeadAttention
 from nnx_impl.layers import Dropout, Linear, Rngs, call_key, norm_layer, sharded
@@ -18,7 +19,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=config.feed_forward_bias, param_dtype=config.param_dtype)
         inward, outward = sharded("embed", "mlp"), sharded("mlp", "embed")
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.down_proj = linear(config.d_ff, config.d_model, kernel_metadata=outward, rngs=rngs.fork())
         self.gate_proj = nnx.data(None)
         if config.activation == "swiglu":
@@ -38,7 +39,7 @@ class EncoderBlock(nnx.Module):
         self.dropout = Dropout(config.dropout_rate)
         self.feed_forward = FeedForward(config, rngs=rngs.fork())
         self.feed_forward_norm = norm_layer(config)
-        self.norm_order = config.norm_order
+        self.norm_order: NormOrder = config.norm_order
 
     def __call__(
         self, x: Float[Array, "*B S D"], *, mask: Bool[Array, "..."] | None = None, rngs: Rngs | None = None
@@ -53,21 +54,21 @@ class EncoderBlock(nnx.Module):
         mask: Bool[Array, "..."] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B S D"], dict[str, Array]]:
+    ) -> tuple[Float[Array, "*B S D"], dict[str, Any]]:
         """The same, and its attention weights by name if asked for."""
         keys = site_keys(call_key(rngs), 3)
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, weights = wrap(
             x,
-            lambda x: self.attention.run(x, mask=mask, return_weights=return_weights, rngs=keys[0]),
+            functools.partial(self.attention.run, mask=mask, return_weights=return_weights, rngs=keys[0]),
             norm=self.attention_norm,
-            dropout=lambda x: self.dropout(x, rngs=keys[1]),
+            dropout=functools.partial(self.dropout, rngs=keys[1]),
         )
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
-            dropout=lambda x: self.dropout(x, rngs=keys[2]),
+            dropout=functools.partial(self.dropout, rngs=keys[2]),
         )
         return x, {} if weights is None else {"attention": weights}
 
@@ -86,7 +87,7 @@ class DecoderBlock(nnx.Module):
         self.dropout = Dropout(config.dropout_rate)
         self.feed_forward = FeedForward(config, rngs=rngs.fork())
         self.feed_forward_norm = norm_layer(config)
-        self.norm_order = config.norm_order
+        self.norm_order: NormOrder = config.norm_order
 
     def __call__(
         self,
@@ -110,7 +111,7 @@ class DecoderBlock(nnx.Module):
         cache: KVCache | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B T D"], dict[str, KVCache | Array]]:
+    ) -> tuple[Float[Array, "*B T D"], dict[str, Any]]:
         """The same, and by name what was asked for besides: the grown cache, or the attention weights."""
         if (memory is None) != (self.cross_attention is None):
             raise ValueError("a decoder block with cross-attention needs a memory, and one without takes none")
@@ -118,27 +119,31 @@ class DecoderBlock(nnx.Module):
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, extra = wrap(
             x,
-            lambda x: self.attention.run(
-                x, mask=mask, causal=True, cache=cache, return_weights=return_weights, rngs=keys[0]
+            functools.partial(
+                self.attention.run, mask=mask, causal=True, cache=cache, return_weights=return_weights, rngs=keys[0]
             ),
             norm=self.attention_norm,
-            dropout=lambda x: self.dropout(x, rngs=keys[1]),
+            dropout=functools.partial(self.dropout, rngs=keys[1]),
         )
         cross_extra = None
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
             x, cross_extra = wrap(
                 x,
-                lambda x: self.cross_attention.run(
-                    x, memory, mask=memory_mask, return_weights=return_weights, rngs=keys[2]
+                functools.partial(
+                    self.cross_attention.run,
+                    memory=memory,
+                    mask=memory_mask,
+                    return_weights=return_weights,
+                    rngs=keys[2],
                 ),
                 norm=self.cross_attention_norm,
-                dropout=lambda x: self.dropout(x, rngs=keys[3]),
+                dropout=functools.partial(self.dropout, rngs=keys[3]),
             )
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
-            dropout=lambda x: self.dropout(x, rngs=keys[4]),
+            dropout=functools.partial(self.dropout, rngs=keys[4]),
         )
         extras = {"attention": extra, "cross_attention": cross_extra}
         return x, {name: value for name, value in extras.items() if value is not None}

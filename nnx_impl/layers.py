@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from core.config import TransformerConfig, check_rate
+from core.config import Positions, TransformerConfig, check_rate
 from core.layers import dropout, dropout_key, embed, embedding_init, kernel_init, layer_norm, linear, rms_norm, unembed
 from core.positions import add_positions
 
@@ -110,7 +110,7 @@ class PositionEmbedding(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.embedding = nnx.data(None)
-        self.kind = config.positions
+        self.kind: Positions = config.positions
         if config.positions == "learned":
             shape = (config.max_length, config.d_model)
             self.embedding = nnx.Param(embedding_init(rngs.params(), shape, jnp.dtype(config.param_dtype)))

@@ -84,15 +84,17 @@ def functional_step(
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
     """`update` as a pure function of flat dictionaries, for plain `jax.jit` and to compare programs.
 
-    (weights, optimizer state, batch, key) -> (weights, optimizer state, metrics)
+    (weights, optimizer state, batch, key, n) -> (weights, optimizer state, metrics), for step n of a run with that key
     """
 
-    def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray | None):
+    def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
         model = from_weights(config, weights)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         for name, variable in _opt_variables(optimizer).items():
             variable[...] = state[name]
-        metrics = update(model, optimizer, batch, key, label_smoothing=label_smoothing)
+        rngs = nnx.Rngs(dropout=key)
+        rngs.dropout.count[...] = n
+        metrics = update(model, optimizer, batch, rngs, label_smoothing=label_smoothing)
         return to_weights(model), {n: v[...] for n, v in _opt_variables(optimizer).items()}, metrics
 
     return step

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -30,7 +29,7 @@ def from_weights(
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     params = _params(state)
-    check_weights(weights, {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in params.items()})
+    check_weights(weights, params)
     for name, param in params.items():
         param.set_value(jnp.asarray(weights[name]))
     nnx.update(model, state)

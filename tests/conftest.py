@@ -10,6 +10,8 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.typecheck  # noqa: F401  the hook below finds it by name
+
 ROOT = Path(__file__).parent.parent
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -18,7 +20,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # every signature in the three packages is checked at run time: shapes, axes and dtypes
-jaxtyping.install_import_hook(["core", "nnx_impl", "equinox_impl"], "beartype.beartype")
+jaxtyping.install_import_hook(["core", "nnx_impl", "equinox_impl"], "tests.typecheck.checked")
 
 _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **_SLOW_IS_FINE)

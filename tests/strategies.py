@@ -82,3 +82,63 @@ def configs(draw, **fixed) -> TransformerConfig:
     if fields["tie_embeddings"] == "all":
         fields["source_vocab_size"] = fields["target_vocab_size"]
     return TransformerConfig(**fields)
+
+
+class AttentionCase(NamedTuple):
+    """One whole attention problem and, worked out cell by cell, who may see whom."""
+
+    shape: AttentionShape
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    rules: dict  # keyword arguments of attention
+    allowed: np.ndarray  # [*B, N, T, S]
+
+    @property
+    def qkv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.q, self.k, self.v
+
+    @property
+    def seen(self) -> np.ndarray:
+        """[*B, S, K]: keys that some query may see."""
+        grouped = self.allowed.reshape(*self.shape.batch, self.shape.K, -1, self.shape.T, self.shape.S)
+        return grouped.any(axis=(-3, -2)).swapaxes(-1, -2)
+
+
+def allowed_cells(shape: AttentionShape, rules: dict) -> np.ndarray:
+    """The contract of mask, bias, causal, q_offset and window, one cell at a time."""
+    full = (*shape.batch, shape.N, shape.T, shape.S)
+    mask = np.broadcast_to(rules.get("mask", True), full)
+    bias = np.broadcast_to(rules.get("bias", 0.0), full)
+    offset = np.broadcast_to(rules.get("q_offset", 0), shape.batch)
+    left, right = rules.get("window") or (np.inf, np.inf)
+    allowed = np.zeros(full, bool)
+    for cell in np.ndindex(full):
+        *row, _, t, s = cell
+        ahead = s - (t + offset[tuple(row)])
+        allowed[cell] = mask[cell] and bias[cell] != -np.inf and -left <= ahead <= right
+        allowed[cell] &= not (rules.get("causal") and ahead > 0)
+    return allowed
+
+
+RULES = ["", "mask", "mask causal", "bias window"]
+
+
+@st.composite
+def attention_cases(draw, shapes=attention_shapes, rules=RULES) -> AttentionCase:
+    """Attention under a combination of rules, with an offset for each row; masks of full shape, to compile little."""
+    shape, seed, names = draw(shapes), draw(seeds), draw(st.sampled_from(rules)).split()
+    rng, full = np.random.default_rng([seed, 2]), (*shape.batch, shape.N, shape.T, shape.S)
+    given = {}
+    if "mask" in names:
+        given["mask"] = np.broadcast_to(bool_mask(shape, seed, 0.7), full)
+    if "bias" in names:
+        open_cells = np.broadcast_to(bool_mask(shape, seed + 1, 0.8), full)
+        given["bias"] = np.where(open_cells, rng.standard_normal(full), -np.inf).astype("float32")
+    if "causal" in names:
+        given["causal"] = True
+    if "window" in names:
+        given["window"] = (2, 1)
+    if {"causal", "window"} & set(names):
+        given["q_offset"] = rng.integers(-1, shape.S, shape.batch).astype("int32")
+    return AttentionCase(shape, *qkv(shape, seed), given, allowed_cells(shape, given))

@@ -1,0 +1,170 @@
+"""The command line: `isoformer train | evaluate | generate | compare`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from core.config import TransformerConfig
+from seq2seq.compare import compare as run_comparison
+from seq2seq.errors import UserError
+from seq2seq.evaluation import predict, sequence_scores, token_scores
+from seq2seq.frontends import frontend as load_frontend
+from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.runs import Run
+from seq2seq.tasks import Task, load_task
+from seq2seq.training import train as run_training
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One Transformer, two structures: train, evaluate and run it in Flax NNX or in Equinox, or compare the two.",
+)
+console = Console()
+
+RunFolder = Annotated[Path, typer.Argument(help="A folder that `isoformer train` made.", show_default=False)]
+OtherFrontend = Annotated[
+    str | None, typer.Option(help="nnx or equinox; any run works in either. [default: the one it was trained with]")
+]
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Option(help="What to learn: copy, reverse or pronounce.")] = "pronounce",
+    frontend: Annotated[str, typer.Option(help="nnx or equinox.")] = "nnx",
+    run: Annotated[
+        Path | None, typer.Option(help="A new folder for the run. [default: runs/TASK-FRONTEND]", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps at most.")] = 5000,
+    tokens: Annotated[int, typer.Option(help="Target positions in a batch.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps until that peak.")] = 400,
+    label_smoothing: Annotated[float, typer.Option(help="From 0, none, to below 1.")] = 0.1,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 200,
+    patience: Annotated[int, typer.Option(help="Validations without a lower loss before it stops.")] = 5,
+    d_model: Annotated[int, typer.Option(help="Model width.")] = 128,
+    num_heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    d_ff: Annotated[int, typer.Option(help="Feed-forward width.")] = 512,
+    layers: Annotated[int, typer.Option(help="Encoder layers, and as many decoder layers.")] = 2,
+    positions: Annotated[str, typer.Option(help="sinusoidal, learned, rotary or none.")] = "sinusoidal",
+    norm_order: Annotated[str, typer.Option(help="pre or post.")] = "pre",
+    dropout_rate: Annotated[float, typer.Option(help="From 0 to below 1.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
+) -> None:
+    """Train a model; the best weights by validation loss are kept."""
+    package, loaded = load_frontend(frontend), load_task(task)
+    config = task_config(
+        loaded,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        positions=positions,
+        norm_order=norm_order,
+        dropout_rate=dropout_rate,
+    )
+    options = TrainingOptions(
+        steps=steps,
+        tokens=tokens,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        label_smoothing=label_smoothing,
+        validate_every=validate_every,
+        patience=patience,
+        seed=seed,
+    )
+    folder = run or Path("runs") / f"{task}-{frontend}"
+    created = Run.create(folder, task=task, frontend=frontend, config=config, options=options)
+    outcome = run_training(created, package, loaded, console=console)
+    console.print(
+        f"Stopped after {outcome.steps} steps: {outcome.stopped}. "
+        + (
+            f"Best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in {folder}.\n"
+            f"Next: isoformer evaluate {folder}"
+            if outcome.best_step
+            else "It ended before its first validation, so no weights were kept."
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    frontend: OtherFrontend = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Score a run's best weights on held-out examples."""
+    opened = Run.open(run)
+    name = frontend or opened.frontend
+    package, task = load_frontend(name), load_task(opened.task)
+    model = opened.load_model(package)
+    examples, tokens = task.split(split), opened.options.tokens
+    trainer = package.Trainer(model, make_optimizer(opened.options))
+    with console.status(f"evaluating {len(examples)} examples in {name}"):
+        by_token = token_scores(trainer, task, examples, tokens=tokens)
+        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens)
+    table = Table(title=f"{opened.task}, {split} split, {len(examples)} examples, in {name}", show_header=False)
+    table.add_row("loss, nats a token", f"{by_token.loss:.4f}")
+    table.add_row("token accuracy, teacher-forced", f"{by_token.accuracy:.2%}")
+    table.add_row("sequence accuracy, generated", f"{by_sequence.sequence_accuracy:.2%}")
+    if opened.task == "pronounce":
+        table.add_row("word error rate (WER)", f"{by_sequence.word_error_rate:.2%}")
+        table.add_row("phone error rate (PER)", f"{by_sequence.symbol_error_rate:.2%}")
+    console.print(table)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    words: Annotated[list[str], typer.Argument(help="What to transform; quote a sequence with blanks.")],
+    frontend: OtherFrontend = None,
+) -> None:
+    """Show what a run's best weights make of words that you type."""
+    opened = Run.open(run)
+    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
+    sources = [task.parse(word) for word in words]
+    outputs = predict(package, opened.load_model(package), task, sources, tokens=opened.options.tokens)
+    for word, output in zip(words, outputs, strict=True):
+        console.print(f"{word}  →  {' '.join(task.target.decode(output))}", highlight=False)
+
+
+@app.command()
+def compare(
+    minutes: Annotated[float, typer.Option(help="How long to train, both frontends together.")] = 4.0,
+    output: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("runs/compare"),
+    seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
+) -> None:
+    """Train both frontends side by side on pronunciation, check that they agree bit for bit, and compare them."""
+    agreed = run_comparison(output, minutes=minutes, seed=seed, console=console)
+    raise typer.Exit(0 if agreed else 1)
+
+
+def task_config(task: Task, **fields) -> TransformerConfig:
+    """The configuration of a model for a task. UserError for what the fields may not be."""
+    try:
+        return TransformerConfig(
+            source_vocab_size=len(task.source),
+            target_vocab_size=len(task.target),
+            max_length=task.buckets[-1],
+            **fields,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main() -> None:
+    """The entry point: what a user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]isoformer:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The main job: the same Transformer in Flax NNX and in Equinox, trained side by side, checked and compared."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from rich.console import Console
+
+from core.config import TransformerConfig
+from seq2seq.agreement import bit_difference, step_difference, text_identity
+from seq2seq.batches import Pair, batch, pairs
+from seq2seq.evaluation import SequenceScores, predict, sequence_scores, token_scores
+from seq2seq.frontends import FRONTENDS, frontend
+from seq2seq.measure import lines_of_code, measure_alone, timed
+from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.report import Report
+from seq2seq.tasks import Example, load_task
+from seq2seq.training import endless_batches, progress_bar
+
+_CHECK_EVERY = 100  # steps between comparisons of all weights and optimizer state
+_CURVE_WORDS, _TEST_WORDS, _SHOWN_WORDS = 500, 2000, 8
+
+
+class DisagreementError(Exception):
+    """The frontends differ where they must not."""
+
+
+def compare(folder: Path, *, minutes: float, seed: int, console: Console) -> bool:
+    """Runs the whole comparison and writes its report into `folder`; whether the frontends agreed.
+
+    Ctrl-C, like a disagreement, ends it with a report of all that is known by then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(folder)
+    try:
+        Comparison(report, seed=seed, console=console).run(minutes=minutes)
+    except KeyboardInterrupt:
+        report.notes.append("Interrupted: what had not been measured by then is missing.")
+    except DisagreementError as difference:
+        report.agreed = False
+        report.notes.append(f"THE FRONTENDS DISAGREE: {difference}")
+    report.write(console)
+    return report.agreed
+
+
+class Comparison:
+    """Both frontends, with equal weights, on one task."""
+
+    def __init__(self, report: Report, *, seed: int, console: Console):
+        self.report, self.console, self.task = report, console, load_task("pronounce")
+        self.packages = {name: frontend(name) for name in FRONTENDS}
+        self.options = TrainingOptions(seed=seed)
+        self.config = TransformerConfig(
+            source_vocab_size=len(self.task.source),
+            target_vocab_size=len(self.task.target),
+            d_model=128,
+            num_heads=4,
+            d_ff=512,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            norm_order="pre",
+            max_length=self.task.buckets[-1],
+        )
+        self.trainers: dict[str, Any] = {}
+
+    def run(self, *, minutes: float) -> None:
+        """Programs, costs, training, evaluation, in this order."""
+        self.build()
+        self.compare_programs()
+        self.measure_costs()
+        self.train(minutes=minutes)
+        self.evaluate()
+
+    def build(self) -> None:
+        """One trainer each, from the same weights; the same seed must have given the same bits."""
+        weights = {
+            name: package.to_weights(package.init_transformer(self.config, seed=self.options.seed))
+            for name, package in self.packages.items()
+        }
+        self.require_equal_bits("the initial weights of one seed", weights)
+        for name, package in self.packages.items():
+            model = package.from_weights(self.config, {key: jnp.copy(value) for key, value in weights["nnx"].items()})
+            self.trainers[name] = package.Trainer(
+                model,
+                make_optimizer(self.options),
+                seed=self.options.seed,
+                label_smoothing=self.options.label_smoothing,
+            )
+        self.report.about = {
+            "task": self.task.name,
+            "parameters": sum(array.size for array in weights["nnx"].values()),
+            "config": dataclasses.asdict(self.config),
+            "options": dataclasses.asdict(self.options),
+        }
+        self.report.both("initial weights of one seed", "equal bits")
+
+    def compare_programs(self) -> None:
+        """Do the two lower to the same StableHLO, and are their train steps the same dataflow?"""
+        self.console.print("comparing programs …")
+        data = batch(pairs(self.task.split("validation"))[:4], self.task.buckets[-1], 4)
+        weights = self.weights()["nnx"]
+        for program, hashes in text_identity(self.config, weights, data).items():
+            if len(set(hashes.values())) > 1:
+                raise DisagreementError(f"the {program} programs have different StableHLO text, {hashes}")
+            self.report.both(f"StableHLO text of the {program}", f"equal, sha256 {hashes['nnx'][:12]}")
+        difference = step_difference(
+            self.config, make_optimizer(self.options), weights, data, label_smoothing=self.options.label_smoothing
+        )
+        if difference:
+            raise DisagreementError(f"the train steps part at {difference}")
+        self.report.both("dataflow of the train step, dropout on", "equal")
+
+    def measure_costs(self) -> None:
+        """What each costs in a fresh process of its own."""
+        self.console.print("measuring each frontend in a process of its own …")
+        costs = {name: measure_alone(name, self.config) for name in FRONTENDS}
+        for what, key, form in (
+            ("compile the train step", "compile_s", "{:.1f} s"),
+            ("build the model", "build_s", "{:.1f} s"),
+            ("host overhead a step, over the raw compiled step", "host_overhead_ms", "{:.2f} ms"),
+            ("peak memory of the process", "peak_memory_mib", "{:,.0f} MiB"),
+        ):
+            self.report.each(what, {name: cost[key] for name, cost in costs.items()}, form)
+        code = {name: lines_of_code(package) for name, package in self.packages.items()}
+        self.report.each("lines of code of the frontend", code, "{}")
+
+    def train(self, *, minutes: float) -> None:
+        """Every batch goes to both in turn; their losses must be equal in bits, and now and then all else too."""
+        self.console.print(f"training both for {minutes:g} minutes …")
+        curve_words = _sample(self.task.split("validation"), _CURVE_WORDS)
+        seconds: dict[str, dict[int, list[float]]] = {name: {} for name in FRONTENDS}
+        budget, spent, milestones, step = 60 * minutes, 0.0, [0.25, 0.5, 0.75, 1.0], 0
+        self.record_error_rate(0, curve_words)
+        data = endless_batches(pairs(self.task.split("train")), self.task, self.options)
+        with progress_bar(self.console) as progress:
+            bar = progress.add_task("both frontends", total=budget, numbers="compiling", unit="s")
+            for step, made in enumerate(data, 1):
+                order = FRONTENDS if step % 2 else FRONTENDS[::-1]
+                losses = {}
+                for name in order:
+                    taken, metrics = timed(self.trainers[name].train, made)
+                    seconds[name].setdefault(made.source.shape[-1], []).append(taken)
+                    spent += taken
+                    losses[name] = {"loss": metrics.loss}
+                    self.report.losses[name].append(float(metrics.loss))
+                self.require_equal_bits(f"the losses of step {step}", losses)
+                rate = (
+                    len(FRONTENDS)
+                    * int(np.asarray(made.target_mask).sum())
+                    / sum(seconds[name][made.source.shape[-1]][-1] for name in FRONTENDS)
+                )
+                numbers = f"step {step}  loss {self.report.losses['nnx'][-1]:.3f}  {rate:,.0f} tokens/s"
+                progress.update(bar, completed=min(spent, budget), numbers=numbers)
+                if step % _CHECK_EVERY == 0:
+                    self.require_equal_state(step)
+                if spent >= milestones[0] * budget:
+                    milestones.pop(0)
+                    self.record_error_rate(step, curve_words)
+                if not milestones:
+                    break
+        self.require_equal_state(step)
+        self.report.both(f"losses of {step} steps, weights, optimizer state", "equal bits")
+        median = {
+            name: statistics.median(time for times in by_length.values() for time in times[1:])
+            for name, by_length in seconds.items()
+        }
+        self.report.each("step, median", {name: 1000 * value for name, value in median.items()}, "{:.0f} ms")
+
+    def evaluate(self) -> None:
+        """Held-out words: scores, decoding speed, a few to read, and where the decoder looked."""
+        self.console.print("pronouncing held-out words …")
+        words, tokens = _sample(self.task.split("test"), _TEST_WORDS), self.options.tokens
+        scores: dict[str, SequenceScores] = {}
+        speed = {}
+        for name, package in self.packages.items():
+            model = self.trainers[name].model
+            scores[name] = sequence_scores(package, model, self.task, words, tokens=tokens)
+            sources = [example.source for example in words]
+            taken, spoken = timed(lambda p=package, m=model, s=sources: predict(p, m, self.task, s, tokens=tokens))
+            speed[name] = sum(len(phones) + 1 for phones in spoken) / taken
+        if scores["nnx"].predictions != scores["equinox"].predictions:
+            raise DisagreementError("the same weights pronounce a held-out word differently")
+        self.report.both(f"pronunciations of {len(words)} held-out words", "equal")
+        by_token = {n: token_scores(self.trainers[n], self.task, words, tokens=tokens) for n in FRONTENDS}
+        self.report.each("their token accuracy, teacher-forced", {n: s.accuracy for n, s in by_token.items()}, "{:.1%}")
+        self.report.each("their phone error rate", {n: s.symbol_error_rate for n, s in scores.items()}, "{:.1%}")
+        self.report.each("their word error rate", {n: s.word_error_rate for n, s in scores.items()}, "{:.1%}")
+        self.report.each("greedy decoding", speed, "{:,.0f} tokens/s")
+        for example, phones in list(zip(words, scores["nnx"].predictions, strict=True))[:_SHOWN_WORDS]:
+            meant = " or ".join(" ".join(self.task.target.decode(target)) for target in example.targets)
+            word = "".join(self.task.source.decode(example.source))
+            self.report.samples.append((word, " ".join(self.task.target.decode(phones)), meant))
+        self.draw_attention(words[0])
+
+    def draw_attention(self, example: Example) -> None:
+        """The decoder's cross-attention while it is given the right pronunciation."""
+        package, model = self.packages["nnx"], self.trainers["nnx"].model
+        target = example.targets[0]
+        made = batch([Pair(example.source, target)], len(target) + 1 + len(example.source), 1)
+        masks = {"source_mask": made.source_mask, "target_mask": made.target_mask}
+        _, weights = package.evaluation(model).run(made.source, made.inputs, **masks, return_weights=True)
+        cross = {
+            name.removeprefix("decoder.blocks.").replace(".cross_attention", ""): np.asarray(value)
+            for name, value in weights.items()
+            if name.endswith("cross_attention")
+        }
+        letters, phones = self.task.source.decode(example.source), [*self.task.target.decode(target), "end"]
+        shown = {f"layer {layer}": value[0, :, : len(phones), : len(letters)] for layer, value in cross.items()}
+        self.report.attention(shown, phones, letters, title=f"where each phone of '{''.join(letters)}' looked")
+
+    def record_error_rate(self, step: int, words: list[Example]) -> None:
+        """One more point of the curve, from each frontend."""
+        for name, package in self.packages.items():
+            found = sequence_scores(package, self.trainers[name].model, self.task, words, tokens=self.options.tokens)
+            steps, rates = self.report.error_rates[name]
+            steps.append(step)
+            rates.append(found.word_error_rate)
+        rate = self.report.error_rates["nnx"][1][-1]
+        self.console.print(f"step {step}: word error rate {rate:.1%} on {len(words)} held-out words")
+
+    def weights(self) -> dict[str, dict[str, Array]]:
+        """Of both frontends, as they are now."""
+        return {name: package.to_weights(self.trainers[name].model) for name, package in self.packages.items()}
+
+    def require_equal_state(self, step: int) -> None:
+        """Weights and optimizer state."""
+        self.require_equal_bits(f"the weights after step {step}", self.weights())
+        states = {name: trainer.optimizer_state() for name, trainer in self.trainers.items()}
+        self.require_equal_bits(f"the optimizer state after step {step}", states)
+
+    def require_equal_bits(self, what: str, values: Mapping[str, Mapping[str, Array]]) -> None:
+        """DisagreementError, with the name, place and size of the first difference."""
+        if difference := bit_difference(values["nnx"], values["equinox"]):
+            raise DisagreementError(f"{what} differ, {difference} (here: nnx, there: equinox)")
+
+
+def _sample(examples: list[Example], number: int) -> list[Example]:
+    """The same ones each time, in no alphabetical order."""
+    return [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:number]]

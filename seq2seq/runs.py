@@ -1,0 +1,101 @@
+"""A run folder: what was trained, how it went, and the best weights, for either frontend."""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import Array
+
+from core.config import TransformerConfig
+from seq2seq.errors import UserError
+from seq2seq.optimizer import TrainingOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder with `run.json`, `metrics.jsonl` and `checkpoints/`."""
+
+    folder: Path
+    task: str
+    frontend: str
+    config: TransformerConfig
+    options: TrainingOptions
+
+    @classmethod
+    def create(
+        cls, folder: Path, *, task: str, frontend: str, config: TransformerConfig, options: TrainingOptions
+    ) -> "Run":
+        """UserError if the folder holds anything: a run never writes over another."""
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is already there and not empty; give another --run or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, task, frontend, config, options)
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "optax")}
+        about = {
+            "task": task,
+            "frontend": frontend,
+            "config": json.loads(config.to_json()),
+            "options": dataclasses.asdict(options),
+            "versions": versions,
+        }
+        (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """UserError for a folder that is not a run, or whose description cannot be understood."""
+        path = folder / "run.json"
+        try:
+            about = json.loads(path.read_text())
+            config = TransformerConfig.from_json(json.dumps(about["config"]))
+            return cls(folder, about["task"], about["frontend"], config, TrainingOptions(**about["options"]))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is no run folder, it has no run.json; `isoformer train` makes one") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be used: {error}; train the run again") from None
+
+    def log(self, **metrics: Any) -> None:
+        """Adds one line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def save(self, step: int, weights: dict[str, Array], *, loss: float) -> None:
+        """Keeps the weights if their validation loss is the lowest so far."""
+        with self._manager() as manager:
+            manager.save(step, args=ocp.args.StandardSave(weights), metrics={"loss": loss})
+
+    def best_weights(self) -> dict[str, Array]:
+        """The weights of the lowest validation loss. UserError if there are none, or they are damaged."""
+        if not (self.folder / "checkpoints").is_dir():
+            raise UserError(f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation")
+        with self._manager() as manager:
+            step = manager.best_step()
+            if step is None:
+                raise UserError(f"{self.folder}/checkpoints holds no complete checkpoint; train the run again")
+            try:
+                stored = manager.item_metadata(step).tree
+                wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+                return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            except (ValueError, AttributeError, OSError) as error:
+                first_line = str(error).strip().splitlines()[0]
+                raise UserError(f"checkpoint {step} of {self.folder} cannot be read: {first_line}") from None
+
+    def load_model(self, frontend: Any) -> Any:
+        """The best model in a frontend. UserError if its weights are of another configuration."""
+        try:
+            return frontend.from_weights(self.config, self.best_weights())
+        except ValueError as error:
+            raise UserError(f"the checkpoint of {self.folder} does not fit its run.json: {error}") from None
+
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1,
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            enable_async_checkpointing=False,
+        )
+        return ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options)

@@ -1,0 +1,62 @@
+"""Both frontends, for tests that say the same of each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+import equinox_impl
+import nnx_impl
+from core.config import TransformerConfig
+from core.losses import Batch
+
+FRONTENDS = {"nnx": nnx_impl, "equinox": equinox_impl}
+
+
+def random_weights(config: TransformerConfig, seed: int, *, model_class: str = "Transformer") -> dict[str, Array]:
+    """Distinct random numbers for every parameter, biases and scales too, so that no term is missing by chance."""
+    build = getattr(equinox_impl, model_class)
+    shapes = jax.eval_shape(lambda: equinox_impl.to_weights(build(config, key=jax.random.key(0))))
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype) for name, s in shapes.items()}
+
+
+def random_batch(
+    config: TransformerConfig, seed: int, *, batch: tuple[int, ...] = (2,), lengths: tuple[int, int] = (5, 4)
+) -> Batch:
+    """Ragged masks, S != T; a row may be empty."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(size: int, length: int) -> Array:
+        return jnp.asarray(rng.integers(0, size, (*batch, length)), jnp.int32)
+
+    def ragged(length: int) -> Array:
+        return jnp.asarray(np.arange(length) < rng.integers(0, length + 1, (*batch, 1)))
+
+    source, target = config.vocab_size("source"), config.vocab_size("target")
+    S, T = lengths
+    return Batch(tokens(source, S), ragged(S), tokens(target, T), tokens(target, T), ragged(T))
+
+
+def optimizer() -> optax.GradientTransformation:
+    """With all that sums over the whole tree."""
+    return optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=1e-2))
+
+
+def logits(package: Any, config: TransformerConfig, weights: dict[str, Array], batch: Batch, key=None) -> Array:
+    """Of the encoder-decoder; with a key in training mode."""
+    model = package.from_weights(config, weights)
+    masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+    if key is None:
+        return package.evaluation(model)(batch.source, batch.inputs, **masks)
+    return model(batch.source, batch.inputs, **masks, **{"rngs" if package is nnx_impl else "key": key})
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Of all leaves."""
+    first, second = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(first) == len(second)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(first, second, strict=True))

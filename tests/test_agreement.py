@@ -1,0 +1,236 @@
+"""The two frontends are the same program: as text, as dataflow, and in bits."""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import core.layers
+import equinox_impl.attention
+import equinox_impl.blocks
+import equinox_impl.layers
+import equinox_impl.stacks
+import equinox_impl.training
+import nnx_impl
+from core.config import TransformerConfig
+from core.identity import dataflow_difference, program_text
+from tests.frontends import FRONTENDS, logits, optimizer, random_batch, random_weights, same_bits
+from tests.strategies import configs, seeds
+
+batches = st.sampled_from([(2,), (), (2, 1)])
+# an example traces and compiles whole models: one that fails is reported as it is, not shrunk for minutes
+few = partial(settings, phases=[Phase.explicit, Phase.generate])
+
+
+def forward(package, config):
+    return lambda weights, batch: logits(package, config, weights, batch)
+
+
+def forward_with_dropout(package, config):
+    return lambda weights, batch: logits(package, config, weights, batch, key=jax.random.key(1))
+
+
+def gradient(package, config):
+    def loss(weights, batch):
+        return package.loss_fn(package.evaluation(package.from_weights(config, weights)), batch)[0]
+
+    return jax.grad(loss)
+
+
+def gradient_with_dropout(package, config):
+    def loss(weights, batch):
+        return package.loss_fn(package.from_weights(config, weights), batch, jax.random.key(1), label_smoothing=0.1)[0]
+
+    return jax.grad(loss)
+
+
+def decode_step(package, config):
+    def step(weights, batch):
+        model = package.evaluation(package.from_weights(config, weights))
+        tokens, cache = model.start(batch.source, source_mask=batch.source_mask, max_length=6)
+        _, cache = model.decode_step(tokens[..., None], cache)
+        return model.decode_step(batch.inputs[..., :2], cache)
+
+    return step
+
+
+def generation(package, config):
+    def generate(weights, batch):
+        model = package.evaluation(package.from_weights(config, weights))
+        return package.generate(model, batch.source, source_mask=batch.source_mask, max_length=6)
+
+    return generate
+
+
+PROGRAMS = [forward, gradient, decode_step, forward_with_dropout, gradient_with_dropout]
+
+
+def texts(program, config, weights, batch):
+    return [program_text(program(package, config), weights, batch) for package in FRONTENDS.values()]
+
+
+def train_step_difference(config, weights, batch):
+    steps = []
+    with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
+        for package in FRONTENDS.values():
+            state = package.Trainer(package.from_weights(config, weights), optimizer()).optimizer_state()
+            step = package.functional_step(config, optimizer(), label_smoothing=0.1)
+            steps.append(jax.make_jaxpr(step)(weights, state, batch, jax.random.key(2), jnp.uint32(3)))
+    return dataflow_difference(*steps)
+
+
+@given(config=configs(), batch=batches, seed=seeds)
+@few(max_examples=12)
+def test_both_frontends_lower_to_the_same_text(config, batch, seed):
+    weights, data = random_weights(config, 0), random_batch(config, seed, batch=batch)
+    for program in PROGRAMS:
+        first, second = texts(program, config, weights, data)
+        assert first == second, f"{program.__name__} of {config} differs"
+
+
+@given(config=configs(dropout_rate=0.25), seed=seeds)
+@few(max_examples=6)
+def test_both_train_steps_are_the_same_dataflow(config, seed):
+    assert train_step_difference(config, random_weights(config, 0), random_batch(config, seed)) is None, config
+
+
+@given(config=configs(dropout_rate=0.25), data=st.data())
+@few(max_examples=6)
+def test_encoder_only_and_decoder_only_models_lower_to_the_same_text(config, data):
+    key = data.draw(st.sampled_from([None, 3]))
+    tokens = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
+    mask = jnp.asarray([[True, True, True, False], [True, False, False, False]])
+    for name, kind in (("EncoderOnlyTransformer", "source_mask"), ("DecoderOnlyTransformer", "target_mask")):
+        weights, found = random_weights(config, 0, model_class=name), []
+        for package, keyword in ((nnx_impl, "rngs"), (equinox_impl, "key")):
+
+            def program(weights, package=package, keyword=keyword, name=name, kind=kind):
+                model = package.from_weights(config, weights, model_class=getattr(package, name))
+                if key is None:
+                    return package.evaluation(model)(tokens, **{kind: mask})
+                return model(tokens, **{kind: mask, keyword: jax.random.key(key)})
+
+            found.append(program_text(program, weights))
+        assert found[0] == found[1], f"{name} of {config} differs"
+
+
+@given(config=configs(), batch=batches, seed=seeds)
+@few(max_examples=3)
+def test_outputs_gradients_and_generated_tokens_are_equal_in_bits(config, batch, seed):
+    weights, data = random_weights(config, seed), random_batch(config, seed, batch=batch)
+    for program in (forward_with_dropout, gradient, generation):
+        first, second = (jax.jit(program(package, config))(weights, data) for package in FRONTENDS.values())
+        assert same_bits(first, second), f"{program.__name__} of {config} differs"
+
+
+@given(config=configs(), seed=st.integers(0, 2**31))
+@few(max_examples=5)
+def test_one_seed_initialises_the_same_bits(config, seed):
+    first, second = (package.to_weights(package.init_transformer(config, seed=seed)) for package in FRONTENDS.values())
+    assert list(first) == list(second)
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph mode", "tree mode"])
+@given(config=configs(dropout_rate=0.25, attention_dropout_rate=0.1))
+@few(max_examples=2)
+def test_twenty_training_steps_are_equal_in_bits(graph, config):
+    weights = random_weights(config, 0)
+    trainers = {}
+    with nnx_mode(graph=graph), jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
+        for name, package in FRONTENDS.items():
+            model = package.from_weights(config, {key: jnp.copy(value) for key, value in weights.items()})
+            trainers[name] = package.Trainer(model, optimizer(), seed=7, label_smoothing=0.1)
+        for step in range(20):
+            data = random_batch(config, step)
+            first, second = (trainer.train(data) for trainer in trainers.values())
+            assert same_bits(first, second), f"step {step} of {config}: {first} and {second}"
+        states = [trainer.optimizer_state() for trainer in trainers.values()]
+        after = [package.to_weights(trainers[name].model) for name, package in FRONTENDS.items()]
+        evaluated = [trainer.evaluate(data) for trainer in trainers.values()]
+    assert same_bits(*after)
+    assert list(states[0]) == list(states[1])
+    assert same_bits(*states)
+    assert same_bits(*evaluated)
+    assert not same_bits(weights, after[0])
+
+
+@given(config=configs(), seed=seeds)
+@few(max_examples=3)
+def test_batched_equals_vmapped_in_bits(config, seed):
+    weights, data = random_weights(config, seed), random_batch(config, seed, batch=(3,))
+    for package in FRONTENDS.values():
+        batched = jax.jit(partial(logits, package, config))(weights, data)
+        vmapped = jax.jit(jax.vmap(partial(logits, package, config), in_axes=(None, 0)))(weights, data)
+        assert same_bits(batched, vmapped), config
+
+
+@given(config=configs())
+@few(max_examples=3)
+def test_graph_mode_and_tree_mode_lower_to_the_same_text(config):
+    weights, data, found = random_weights(config, 0), random_batch(config, 0), []
+    for graph in (True, False):
+        with nnx_mode(graph=graph):
+            found.append([program_text(program(nnx_impl, config), weights, data) for program in PROGRAMS])
+    assert found[0] == found[1]
+
+
+@contextlib.contextmanager
+def nnx_mode(*, graph: bool):
+    with nnx.set_graph_mode(graph), nnx.set_graph_updates(graph):
+        yield
+
+
+# One line changed in one frontend: what it calls, and how the change reads.
+CHANGES = {
+    "another attention scale": (equinox_impl.attention, "attention_with_weights", {"scale": 0.7}),
+    "attention without its mask": (equinox_impl.attention, "attention_with_weights", {"mask": None}),
+    "attention without causality": (equinox_impl.attention, "attention_with_weights", {"causal": False}),
+    "another epsilon": (equinox_impl.layers, "layer_norm", {"epsilon": 2e-6}),
+    "pre norm for post norm": (equinox_impl.blocks, "residual", {"norm_order": "pre"}),
+    "gelu for relu": (equinox_impl.blocks, "feed_forward", {"activation": "gelu"}),
+    "the embedding not scaled": (equinox_impl.layers, "embed", {"scale": 1.0}),
+    "no positions": (equinox_impl.layers, "add_positions", {"kind": "none"}),
+    "no label smoothing": (equinox_impl.training, "sequence_metrics", {"label_smoothing": 0.0}),
+    "no dropout": (equinox_impl.layers, "dropout_key", {"deterministic": True}),
+}
+CHANGE_CONFIG = TransformerConfig(
+    source_vocab_size=11,
+    target_vocab_size=13,
+    d_model=8,
+    num_heads=2,
+    d_ff=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.25,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_changed_line_breaks_the_identity(change, monkeypatch):
+    module, name, changed = CHANGES[change]
+    original = getattr(module, name)
+
+    def with_change(*args, **kwargs):
+        return original(*args, **{**kwargs, **changed})
+
+    weights, data = random_weights(CHANGE_CONFIG, 0), random_batch(CHANGE_CONFIG, 0)
+    assert train_step_difference(CHANGE_CONFIG, weights, data) is None
+    monkeypatch.setattr(module, name, with_change)
+    assert train_step_difference(CHANGE_CONFIG, weights, data) is not None
+    first, second = texts(gradient_with_dropout, CHANGE_CONFIG, weights, data)
+    assert first != second
+
+
+def test_dropout_keys_in_another_order_break_the_identity(monkeypatch):
+    original = core.layers.site_keys
+    monkeypatch.setattr(equinox_impl.blocks, "site_keys", lambda key, number: original(key, number)[::-1])
+    weights, data = random_weights(CHANGE_CONFIG, 0), random_batch(CHANGE_CONFIG, 0)
+    first, second = texts(forward_with_dropout, CHANGE_CONFIG, weights, data)
+    assert first != second
+    assert "constant" in (train_step_difference(CHANGE_CONFIG, weights, data) or "")

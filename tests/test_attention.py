@@ -1,0 +1,715 @@
+"""Laws of attention: every row of the contract, for any leading axes, heads and widths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from core.attention import (
+    allowed_keys,
+    attention_weights,
+    attention_with_weights,
+    dot_product_attention,
+    merge_heads,
+    split_heads,
+)
+from tests.strategies import (
+    RECTANGULAR_SHAPES,
+    SQUARE_SHAPES,
+    AttentionShape,
+    attention_cases,
+    attention_shapes,
+    qkv,
+    seeds,
+    square_shapes,
+)
+
+U = 2.0**-24
+STATIC = ("causal", "window", "scale", "dropout_rate")
+FEW_SHAPES = [RECTANGULAR_SHAPES[0], SQUARE_SHAPES[2], RECTANGULAR_SHAPES[2]]
+GROUPED = [SQUARE_SHAPES[3], RECTANGULAR_SHAPES[1]]
+few_shapes = st.sampled_from(FEW_SHAPES)
+compiled = jax.jit(attention_with_weights, static_argnames=STATIC)
+exactly = functools.partial(np.testing.assert_array_equal, strict=True)
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def pull_back(q, k, v, cotangent, **rules):
+    return jax.vjp(lambda *qkv: dot_product_attention(*qkv, **rules), q, k, v)[1](cotangent)
+
+
+def both(*qkv, **rules):
+    return [np.array(x) for x in compiled(*qkv, **rules)]
+
+
+def attend(*qkv, **rules):
+    return both(*qkv, **rules)[0]
+
+
+def weigh(*qkv, **rules):
+    return both(*qkv, **rules)[1]
+
+
+def closely(got, wanted, q, k, v, bias=0.0):
+    """Within twice the float32 bound T1, with every weight at its largest."""
+    S, H = k.shape[-3], q.shape[-1]
+    scores = H**0.5 * np.abs(q).max(initial=0) * np.abs(k).max(initial=0) + np.abs(bias).max()
+    bound = U * (2 * (H + 2) * scores + 4 * scores + 2 * S + 6) * np.abs(v).max(initial=0)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2 * bound)
+
+
+def gaussian(shape, seed=0, scale=1.0):
+    return (scale * np.random.default_rng([seed, 3]).standard_normal(shape)).astype("float32")
+
+
+def replaced(x, where, new):
+    """x with `new` at the keys [*B, S, K] that `where` marks."""
+    return np.where(where[..., None], np.broadcast_to(new, x.shape), x).astype(x.dtype)
+
+
+def small(**changes):
+    """Eager arguments of one small attention, B=2, T=S=3, N=4, K=2, H=2, some replaced."""
+    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), 3, 3, 4, 2, 2, 2), 0))
+    return {"q": q, "k": k, "v": v} | changes
+
+
+def call(arguments):
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    return dot_product_attention(q, k, v, **arguments)
+
+
+# who may see whom
+
+
+@given(attention_cases(rules=["mask", "causal", "bias window", "mask bias causal window"]))
+def test_allowed_keys_are_those_of_the_contract(case):
+    got = allowed_keys(*map(jnp.asarray, case.qkv[:2]), **jax.tree.map(_traceable, case.rules))
+    exactly(np.broadcast_to(got, case.allowed.shape), case.allowed)
+
+
+def _traceable(leaf):
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+@given(attention_cases())
+def test_weights_sum_to_one_over_the_allowed_keys_and_are_zero_elsewhere(case):
+    weights = weigh(*case.qkv, **case.rules)
+    assert weights.shape == case.allowed.shape
+    assert (weights[~case.allowed] == 0).all()
+    assert (weights[case.allowed] >= 0).all()
+    live = case.allowed.any(-1)
+    sums = weights.astype("float64").sum(-1)
+    assert np.abs(sums - live).max() <= (case.shape.S + 2) * U
+    assert (sums[~live] == 0).all()
+
+
+@given(attention_cases(), st.data())
+def test_what_a_query_may_not_see_does_not_change_it(case, data):
+    """Causality, masks, windows and biases at once: all that is hidden from query t is replaced."""
+    shape, t = case.shape, data.draw(st.integers(0, case.shape.T - 1))
+    before = attend(*case.qkv, **case.rules)
+    groups = case.allowed[..., t, :].reshape(*shape.batch, shape.K, -1, shape.S)
+    hidden = ~groups.any(axis=-2).swapaxes(-1, -2)
+    q = gaussian(case.q.shape, 1, 1e3)
+    q[..., t, :, :] = case.q[..., t, :, :]
+    k = replaced(case.k, hidden, gaussian(case.k.shape, 2, 1e3))
+    v = replaced(case.v, hidden, gaussian(case.v.shape, 3, 1e3))
+    exactly(attend(q, k, v, **case.rules)[..., t, :, :], before[..., t, :, :])
+
+
+@given(few_shapes.filter(lambda s: s.T == s.S), seeds)
+def test_the_future_does_not_change_the_past_with_dropout_and_weights_on(shape, seed):
+    q, k, v = qkv(shape, seed)
+    rules = {"causal": True, "dropout_rate": 0.4, "dropout_key": jax.random.key(seed)}
+    before = both(q, k, v, **rules)
+    for t in range(1, shape.T):
+        later = [x.copy() for x in (q, k, v)]
+        for x in later:
+            x[..., t:, :, :] = gaussian(x[..., t:, :, :].shape, seed, 1e3)
+        out, weights = both(*later, **rules)
+        exactly(out[..., :t, :, :], before[0][..., :t, :, :])
+        exactly(weights[..., :t, :], before[1][..., :t, :])
+
+
+@given(attention_cases(few_shapes), seeds)
+def test_a_key_that_no_query_may_see_may_hold_anything(case, seed):
+    """Also where the mask alone and causality alone would each let some query see it."""
+    rng = np.random.default_rng(seed)
+    unseen = ~case.seen
+    poison = rng.choice(np.float32([np.nan, np.inf, -np.inf, 1e38]), (2, *unseen.shape, 1))
+    cotangent = gaussian((*case.q.shape[:-1], case.shape.Hv), seed)
+    clean = [case.q, replaced(case.k, unseen, 0.0), replaced(case.v, unseen, 0.0)]
+    foul = [case.q, replaced(case.k, unseen, poison[0]), replaced(case.v, unseen, poison[1])]
+    out = attend(*foul, **case.rules)
+    assert np.isfinite(out).all()
+    exactly(out, attend(*clean, **case.rules))
+    gradients = pull_back(*foul, cotangent, **case.rules)
+    for got, wanted in zip(gradients, pull_back(*clean, cotangent, **case.rules), strict=True):
+        assert np.isfinite(got).all()
+        exactly(got, wanted)
+    for got in gradients[1:]:
+        assert (np.asarray(got)[unseen] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SQUARE_SHAPES)
+def test_a_key_hidden_only_by_mask_and_causality_together_may_hold_anything(shape):
+    q, k, v = qkv(shape, 5)
+    future = np.triu(np.ones((shape.T, shape.S), bool), 1)  # the mask shows only what causality hides ...
+    future[:, 0] = True  # ... and the first key
+    mask = np.broadcast_to(future, (*(1 for _ in shape.batch), shape.N, shape.T, shape.S))
+    unseen = np.broadcast_to(np.arange(shape.S)[:, None] > 0, (*shape.batch, shape.S, shape.K))
+    for rate in (0.0, 0.5):
+        rules = {"mask": mask, "causal": True, "dropout_rate": rate, "dropout_key": jax.random.key(1)}
+        clean = attend(q, replaced(k, unseen, 0.0), replaced(v, unseen, 0.0), **rules)
+        exactly(attend(q, replaced(k, unseen, np.inf), replaced(v, unseen, np.nan), **rules), clean)
+
+
+DEAD = {  # ways in which query 0 may see nothing and the others something
+    "mask": lambda rows: {"mask": rows[:, None] > 0},
+    "bias": lambda rows: {"bias": np.where(rows[:, None] > 0, 0, -np.inf).astype("float32")},
+    "causal": lambda rows: {"causal": True, "q_offset": -1},
+    "window": lambda rows: {"window": (9, 0), "q_offset": -1},
+}
+
+
+@pytest.mark.parametrize("way", DEAD)
+@pytest.mark.parametrize("shape", [s for s in SQUARE_SHAPES if s.T > 1])
+def test_a_query_with_nothing_to_attend_to_gives_zero_and_no_gradient(shape, way):
+    q, k, v = qkv(shape, 7)
+    rules = DEAD[way](np.arange(shape.T))
+    for name in {"mask", "bias"} & rules.keys():
+        rules[name] = np.broadcast_to(rules[name], (*(1 for _ in shape.batch), 1, shape.T, shape.S))
+    if "q_offset" in rules:
+        rules["q_offset"] = np.full(shape.batch, -1, "int32")
+    out, weights = both(q, k, v, **rules)
+    assert (out[..., 0, :, :] == 0).all()
+    assert (weights[..., 0, :] == 0).all()
+    assert (out[..., 1:, :, :] != 0).all()
+    cotangent = gaussian(out.shape)
+    assert all(np.isfinite(g).all() for g in pull_back(q, k, v, cotangent, **rules))
+    cotangent[..., 1:, :, :] = 0
+    assert all((np.asarray(g) == 0).all() for g in pull_back(q, k, v, cotangent, **rules))
+
+
+@given(attention_cases(few_shapes))
+def test_a_position_has_no_derivative_in_what_it_may_not_see(case):
+    """d out_t / d k_s = d out_t / d v_s = 0 wherever no head of the group lets t see s."""
+    shape = case.shape
+    grouped = case.allowed.reshape(*shape.batch, shape.K, -1, shape.T, shape.S).any(axis=-3)
+    cotangent = gaussian((*case.q.shape[:-1], shape.Hv))
+    for t in range(shape.T):
+        only_t = np.zeros_like(cotangent)
+        only_t[..., t, :, :] = cotangent[..., t, :, :]
+        dq, dk, dv = map(np.asarray, pull_back(*case.qkv, only_t, **case.rules))
+        hidden = ~grouped[..., t, :].swapaxes(-1, -2)
+        assert (dk[hidden] == 0).all()
+        assert (dv[hidden] == 0).all()
+        assert (np.delete(dq, t, axis=-3) == 0).all()
+
+
+# what the output is made of
+
+
+@given(attention_cases())
+def test_the_output_lies_between_the_allowed_values(case):
+    out = attend(*case.qkv, **case.rules)
+    values = np.repeat(case.v, case.shape.N // case.shape.K, axis=-2).swapaxes(-2, -3)[..., None, :, :]
+    allowed = case.allowed[..., None]
+    lowest = np.where(allowed, values, np.inf).min(-2).swapaxes(-2, -3)
+    highest = np.where(allowed, values, -np.inf).max(-2).swapaxes(-2, -3)
+    slack = (2 * case.shape.S + 6) * U * np.abs(case.v).max()
+    live = case.allowed.any(-1).swapaxes(-1, -2)
+    assert (lowest[live] - slack <= out[live]).all()
+    assert (out[live] <= highest[live] + slack).all()
+
+
+@given(few_shapes, seeds, st.booleans())
+def test_a_single_allowed_key_gives_its_value(shape, seed, by_window):
+    q, k, v = qkv(shape, seed)
+    group = np.arange(shape.N) // (shape.N // shape.K)
+    if by_window:
+        offset = np.random.default_rng(seed).integers(0, max(1, shape.S - shape.T + 1), shape.batch).astype("int32")
+        out = attend(q, k, v, window=(0, 0), q_offset=offset)
+        chosen = offset[..., None] + np.arange(shape.T)
+        chosen = np.broadcast_to(chosen[..., None], (*shape.batch, shape.T, shape.N))
+    else:
+        chosen = np.random.default_rng(seed).integers(0, shape.S, (*shape.batch, shape.T, shape.N))
+        out = attend(q, k, v, mask=chosen.swapaxes(-1, -2)[..., None] == np.arange(shape.S))
+    for cell in np.ndindex(chosen.shape):
+        *row, t, n = cell
+        wanted = v[(*row, chosen[cell], group[n])] if chosen[cell] < shape.S else np.zeros(shape.Hv, "float32")
+        exactly(out[(*row, t, n)], wanted)
+
+
+@given(attention_cases(), st.data())
+def test_rows_of_the_batch_and_heads_do_not_meet(case, data):
+    q, k, v = (x.copy() for x in case.qkv)
+    before = attend(q, k, v, **case.rules)
+    row = tuple(data.draw(st.integers(0, n - 1)) for n in case.shape.batch)
+    head = data.draw(st.integers(0, case.shape.K - 1))
+    mine = np.zeros(k.shape[:-1], bool)
+    mine[(*row, slice(None), head)] = True
+    mine_q = np.repeat(mine[..., :1, :], case.shape.N // case.shape.K, axis=-1)
+    q = replaced(gaussian(q.shape, 1, 1e3), np.broadcast_to(mine_q, q.shape[:-1]), q)
+    k, v = (replaced(gaussian(x.shape, i, 1e3), mine, x) for i, x in enumerate((k, v)))
+    mine_out = np.broadcast_to(mine_q, before.shape[:-1])
+    exactly(attend(q, k, v, **case.rules)[mine_out], before[mine_out])
+
+
+@given(attention_cases(rules=["", "mask"]), seeds)
+def test_reordering_the_queries_reorders_the_output(case, seed):
+    order = np.random.default_rng(seed).permutation(case.shape.T)
+    mask = case.rules.get("mask", np.ones((1,) * case.allowed.ndim, bool))
+    out = attend(*case.qkv, mask=np.broadcast_to(mask, case.allowed.shape))
+    moved = attend(case.q[..., order, :, :], case.k, case.v, mask=case.allowed[..., order, :])
+    exactly(moved, out[..., order, :, :])
+
+
+@given(attention_cases(rules=["mask"]), seeds)
+def test_reordering_the_keys_changes_nothing(case, seed):
+    order = np.random.default_rng(seed).permutation(case.shape.S)
+    moved = attend(case.q, case.k[..., order, :, :], case.v[..., order, :, :], mask=case.allowed[..., order])
+    closely(moved, attend(*case.qkv, mask=case.allowed), *case.qkv)
+
+
+@given(attention_cases(), st.sampled_from([2.0, -1.0, -0.25]))
+def test_the_output_is_homogeneous_in_the_values(case, factor):
+    factor = np.float32(factor)
+    scaled = attend(case.q, case.k, factor * case.v, **case.rules)
+    exactly(scaled, factor * attend(*case.qkv, **case.rules))
+
+
+@given(attention_cases(), seeds)
+def test_the_output_is_linear_in_the_values(case, seed):
+    other = gaussian(case.v.shape, seed)
+    total = attend(case.q, case.k, case.v + other, **case.rules)
+    parts = [attend(case.q, case.k, v, **case.rules) for v in (case.v, other)]
+    closely(total, sum(parts), case.q, case.k, np.abs(case.v) + np.abs(other), bias=4.0)
+
+
+@given(attention_cases(), st.integers(-20, 20))
+def test_what_queries_lose_in_size_keys_may_win(case, power):
+    factor = np.float32(2.0) ** power
+    exactly(attend(case.q * factor, case.k / factor, case.v, **case.rules), attend(*case.qkv, **case.rules))
+
+
+@given(few_shapes, seeds)
+def test_scale_multiplies_the_logits_and_is_one_over_root_h(shape, seed):
+    q, k, v = qkv(shape, seed)
+    exactly(attend(q, k, v, scale=0.5), attend(q / 2, k, v, scale=1.0))
+    closely(attend(q * np.float32(shape.H**0.5), k, v), attend(q, k, v, scale=1.0), q, k, v)
+
+
+@given(attention_cases(few_shapes, ["", "mask causal"]), seeds)
+def test_the_same_bias_on_all_keys_changes_nothing(case, seed):
+    shift = gaussian((*case.allowed.shape[:-1], 1), seed, 3.0)
+    closely(attend(*case.qkv, bias=shift, **case.rules), attend(*case.qkv, **case.rules), *case.qkv, bias=shift)
+
+
+@given(few_shapes, seeds)
+def test_bias_is_added_to_the_scaled_logits(shape, seed):
+    """bias = log 2 weighs a key as if it came twice."""
+    q, k, v = qkv(shape, seed)
+    twice = np.random.default_rng(seed).permutation(shape.S)[: (shape.S + 1) // 2]
+    bias = np.zeros((*(1 for _ in shape.batch), 1, 1, shape.S), "float32")
+    bias[..., twice] = np.log(2)
+    repeated = [np.concatenate([x, x[..., twice, :, :]], axis=-3) for x in (k, v)]
+    closely(attend(q, k, v, bias=bias), attend(q, *repeated), q, k, v, bias=1.0)
+
+
+@given(attention_cases(few_shapes, ["mask"]))
+def test_keys_that_are_never_attended_may_be_dropped(case):
+    live = np.arange(0, case.shape.S, 2)
+    mask = case.allowed.copy()
+    mask[..., 1::2] = False
+    few = attend(case.q, case.k[..., live, :, :], case.v[..., live, :, :], mask=mask[..., live])
+    closely(attend(*case.qkv, mask=mask), few, *case.qkv)
+
+
+@given(attention_cases(rules=["mask"]), st.data())
+def test_one_more_allowed_key_shrinks_the_other_weights_in_proportion(case, data):
+    s = data.draw(st.integers(0, case.shape.S - 1))
+    without, with_it = case.allowed.copy(), case.allowed.copy()
+    without[..., s], with_it[..., s] = False, True
+    before, after = (weigh(*case.qkv, mask=m).astype("float64") for m in (without, with_it))
+    others = np.delete(after, s, axis=-1)
+    np.testing.assert_allclose(others, np.delete(before, s, axis=-1) * (1 - after[..., s : s + 1]), rtol=0, atol=2e-6)
+    assert (after[..., s] > 0).all()
+
+
+@given(attention_cases(st.sampled_from(GROUPED)))
+def test_query_head_n_reads_key_head_n_over_group_size(case):
+    k, v = (np.repeat(x, case.shape.N // case.shape.K, axis=-2) for x in (case.k, case.v))
+    closely(attend(*case.qkv, **case.rules), attend(case.q, k, v, **case.rules), *case.qkv, bias=4.0)
+
+
+@given(attention_cases(), st.floats(10, 30))
+def test_huge_finite_logits_choose_the_largest(case, exponent):
+    """Distinct integers times 10^exponent: the softmax is one-hot, and a key allowed beats any that is not."""
+    shape, rng = case.shape, np.random.default_rng(int(exponent))
+    q, k = np.zeros_like(case.q), np.zeros_like(case.k)
+    q[..., 0] = 10.0 ** (exponent / 2) * shape.H**0.5
+    steps = rng.permuted(np.broadcast_to(np.arange(shape.S) - shape.S, (*shape.batch, shape.K, shape.S)), axis=-1)
+    k[..., 0] = steps.swapaxes(-1, -2) * 10.0 ** (exponent / 2)
+    weights = weigh(q, k, case.v, **case.rules)
+    scores = np.where(case.allowed, np.repeat(steps, shape.N // shape.K, axis=-2)[..., None, :], -np.inf)
+    wanted = (np.arange(shape.S) == scores.argmax(-1)[..., None]) & case.allowed
+    exactly(weights, wanted.astype("float32"))
+    assert np.isfinite(attend(q, k, case.v, **case.rules)).all()
+
+
+def test_an_allowed_key_beats_a_blocked_one_however_low_its_logit():
+    q, k = jnp.full((2, 1, 1, 1), 1.7e19), jnp.asarray([[[[-1.9e19]], [[0.0]]]] * 2)
+    v = jnp.asarray([[[[1.0]], [[100.0]]]] * 2)
+    mask = jnp.asarray([True, False]).reshape(1, 1, 1, 2)
+    exactly(np.asarray(dot_product_attention(q, k, v, mask=mask)), np.ones((2, 1, 1, 1), "float32"))
+    bias = jnp.where(mask, 0.0, -jnp.inf)
+    exactly(np.asarray(dot_product_attention(q, k, v, bias=bias)), np.ones((2, 1, 1, 1), "float32"))
+
+
+# the same thing said in two ways
+
+
+@given(attention_cases())
+def test_rules_may_be_given_as_one_full_mask(case):
+    bias = case.rules.get("bias")
+    finite = None if bias is None else np.where(bias == -np.inf, 0, bias).astype("float32")
+    said = attend(*case.qkv, mask=case.allowed, bias=finite)
+    exactly(attend(*case.qkv, **case.rules), said)
+
+
+@pytest.mark.parametrize("size", [(3, 1, 1, 5), (1, 4, 1, 5), (1, 1, 5, 5), (3, 4, 5, 1), (1, 1, 1, 5)])
+def test_masks_and_biases_broadcast_and_minus_infinity_is_false(size):
+    shape = SQUARE_SHAPES[2]
+    q, k, v = qkv(shape, 0)
+    mask = np.random.default_rng(5).random(size) < 0.5
+    full = np.broadcast_to(mask, (3, 4, 5, 5))
+    unseen = ~full.reshape(3, 2, 2, 5, 5).any(axis=(2, 3)).swapaxes(-1, -2)
+    v = replaced(v, unseen, np.nan)
+    wanted = attend(q, k, v, mask=full)
+    assert np.isfinite(wanted).all()
+    exactly(attend(q, k, v, mask=mask), wanted)
+    exactly(attend(q, k, v, bias=np.where(mask, 0, -np.inf).astype("float32")), wanted)
+
+
+@given(attention_shapes, seeds)
+def test_a_mask_of_true_is_no_mask(shape, seed):
+    q, k, v = qkv(shape, seed)
+    exactly(attend(q, k, v, mask=np.full((1,) * (len(shape.batch) + 3), True)), attend(q, k, v))
+
+
+@given(few_shapes, seeds, st.integers(-1, 2))
+def test_equal_offsets_may_be_one_integer(shape, seed, offset):
+    q, k, _ = map(jnp.asarray, qkv(shape, seed))
+    one = allowed_keys(q, k, causal=True, q_offset=offset)
+    each = allowed_keys(q, k, causal=True, q_offset=jnp.full(shape.batch, offset, jnp.int32))
+    exactly(np.broadcast_to(one, each.shape), np.asarray(each))
+
+
+@given(square_shapes)
+def test_the_offset_of_equal_lengths_is_zero(shape):
+    q, k, _ = map(jnp.asarray, qkv(shape, 0))
+    exactly(*(np.asarray(allowed_keys(q, k, causal=True, q_offset=offset)) for offset in (None, 0)))
+
+
+@given(st.sampled_from(SQUARE_SHAPES[2:]), seeds, st.sampled_from([{"causal": True}, {"window": (1, 1)}]))
+def test_queries_at_an_offset_are_those_of_the_whole(shape, seed, rules):
+    """Each row of the batch starts somewhere else, as rows of a cache do."""
+    q, k, v = qkv(shape, seed)
+    T = (shape.T + 1) // 2
+    offset = np.random.default_rng(seed).integers(0, shape.T - T + 1, shape.batch).astype("int32")
+    rows = (offset[..., None] + np.arange(T))[..., None, None]
+    whole = np.take_along_axis(attend(q, k, v, **rules), rows, axis=-3)
+    closely(attend(np.take_along_axis(q, rows, axis=-3), k, v, q_offset=offset, **rules), whole, q, k, v)
+
+
+@given(square_shapes, st.integers(0, 2**40))
+def test_a_window_may_be_wider_than_the_keys(shape, more):
+    q, k, _ = map(jnp.asarray, qkv(shape, 0))
+    wide = (shape.S - 1 + more, shape.S - 1 + more)
+    assert allowed_keys(q, k, window=wide).all()
+    causal = allowed_keys(q, k, causal=True)
+    exactly(np.asarray(allowed_keys(q, k, causal=True, window=wide)), np.asarray(causal))
+
+
+@given(square_shapes, st.integers(1, 9))
+def test_a_causal_window_of_w_shows_row_i_the_last_w_of_its_keys(shape, w):
+    q, k, _ = map(jnp.asarray, qkv(shape, w))
+    allowed = np.asarray(allowed_keys(q, k, causal=True, window=(w - 1, 0)))
+    assert (allowed.sum(-1) == np.minimum(np.arange(shape.T) + 1, w)).all()
+    assert not (allowed & ~np.asarray(allowed_keys(q, k, causal=True))).any()
+
+
+def test_offsets_reach_the_largest_position():
+    q, k, v = (jnp.asarray(x) for x in qkv(AttentionShape((2,), 2, 3, 1, 1, 2, 2), 0))
+    far = dot_product_attention(q, k, v, causal=True, q_offset=2**31 - 2)
+    exactly(np.asarray(far), np.asarray(dot_product_attention(q, k, v)))
+
+
+@given(few_shapes.filter(lambda s: s.T > 1), seeds)
+def test_packed_segments_are_separate_runs(shape, seed):
+    q, k, v = qkv(shape, seed)
+    queries, keys = np.arange(shape.T) >= shape.T // 2, np.arange(shape.S) >= shape.S // 2
+    mask = (queries[:, None] == keys).reshape(*(1 for _ in shape.batch), 1, shape.T, shape.S)
+    packed = attend(q, k, v, mask=mask)
+    for segment in (False, True):
+        t, s = queries == segment, keys == segment
+        closely(packed[..., t, :, :], attend(q[..., t, :, :], k[..., s, :, :], v[..., s, :, :]), q, k, v)
+
+
+@given(attention_cases(few_shapes, ["mask causal", "bias window"]))
+def test_asking_for_the_weights_and_compiling_change_nothing(case):
+    rules = jax.tree.map(_traceable, case.rules)
+    q, k, v = map(jnp.asarray, case.qkv)
+    out, weights = attention_with_weights(q, k, v, **rules)
+    exactly(np.asarray(dot_product_attention(q, k, v, **rules)), np.asarray(out))
+    exactly(np.asarray(attention_weights(q, k, **rules)), np.asarray(weights))
+    closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
+
+
+@given(attention_cases(few_shapes, ["mask causal", "bias window"]))
+def test_vmap_over_examples_is_the_batched_call(case):
+    arrays = {name: rule for name, rule in case.rules.items() if isinstance(rule, np.ndarray)}
+    rest = {name: rule for name, rule in case.rules.items() if name not in arrays}
+    for name in {"mask", "bias"} & arrays.keys():
+        arrays[name] = np.broadcast_to(arrays[name], case.allowed.shape)
+    single = jax.jit(jax.vmap(lambda q, k, v, arrays: dot_product_attention(q, k, v, **arrays, **rest)))
+    exactly(np.asarray(single(*case.qkv, arrays)), attend(*case.qkv, **arrays, **rest))
+
+
+@given(attention_shapes, seeds)
+def test_heads_are_consecutive_features(shape, seed):
+    x = gaussian((*shape.batch, shape.T, shape.N * shape.H), seed)
+    heads = split_heads(jnp.asarray(x), shape.N)
+    for n in range(shape.N):
+        exactly(np.asarray(heads[..., n, :]), x[..., n * shape.H : (n + 1) * shape.H])
+    exactly(np.asarray(merge_heads(heads)), x)
+
+
+# dtypes
+
+
+@given(attention_cases(st.just(FEW_SHAPES[1]), ["", "bias window"]), st.sampled_from([jnp.bfloat16, jnp.float16]))
+def test_sixteen_bit_inputs_are_computed_in_float32_and_returned_in_their_own(case, dtype):
+    low = [jnp.asarray(x, dtype) for x in case.qkv]
+    out, weights = both(*low, **case.rules)
+    exact, exact_weights = both(*(x.astype(jnp.float32) for x in low), **case.rules)
+    exactly(weights, exact_weights)
+    exactly(out, exact.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_result_has_the_dtype_of_the_values(dtype):
+    q, k, v = map(jnp.asarray, qkv(FEW_SHAPES[0], 0))
+    assert dot_product_attention(q, k, v.astype(dtype)).dtype == dtype
+    assert dot_product_attention(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(dtype)).dtype == dtype
+
+
+def test_float64_stays_float64(x64):
+    shape = AttentionShape((2,), 3, 5, 4, 2, 8, 3)
+    q, k, v = map(jnp.asarray, qkv(shape, 0, "float64"))
+    out, weights = attention_with_weights(q, k, v)
+    assert out.dtype == weights.dtype == jnp.float64
+    np.testing.assert_allclose(weights.sum(-1), np.ones((2, 4, 3)), rtol=1e-15)
+    grouped = np.repeat(k, 2, axis=-2)
+    logits = np.einsum("btnh,bsnh->bnts", q, grouped) / 8**0.5
+    wanted = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights, wanted, rtol=1e-13)
+
+
+@pytest.mark.parametrize("rules", [{}, {"causal": True, "q_offset": 1, "window": (1, 0)}])
+def test_gradients_are_those_of_finite_differences(x64, rules):
+    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), 2, 4, 4, 2, 3, 2), 1, "float64"))
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 2, 4)))
+    check_grads(jax.jit(lambda *x: dot_product_attention(*x[:3], bias=x[3], **rules)), (q, k, v, bias), order=2, modes=["rev"])
+
+
+# nothing there
+
+
+EMPTY = [((0,), 3, 3), ((2,), 0, 3), ((2,), 3, 0), ((), 0, 0), ((2, 0), 3, 2)]
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize(("batch", "queries", "keys"), EMPTY)
+def test_nothing_in_gives_nothing_or_zeros_out(batch, queries, keys, heads):
+    T, S, N, K = queries, keys, heads, 2
+    shape = AttentionShape(batch, T, S, N, K, 2, 3)
+    q, k, v = qkv(shape, 0)
+    mask = np.ones((*batch, N, T, S), bool)
+    for rules in ({}, {"mask": mask}, {"bias": mask.astype("float32")}, {"causal": True, "q_offset": _at(batch)}):
+        out, weights = both(q, k, v, **rules)
+        exactly(out, np.zeros((*batch, T, N, 3), "float32"))
+        assert weights.shape == (*batch, N, T, S)
+        gradients = pull_back(q, k, v, np.zeros_like(out), **rules)
+        assert [g.shape for g in gradients] == [x.shape for x in (q, k, v)]
+
+
+def _at(batch):
+    return np.zeros(batch, "int32")
+
+
+# NaN that queries do see
+
+
+@given(square_shapes.filter(lambda s: s.T > 1), seeds)
+def test_nan_in_a_query_or_key_reaches_only_those_who_see_it(shape, seed):
+    q, k, v = qkv(shape, seed)
+    before = attend(q, k, v, causal=True)
+    late = q.copy()
+    late[..., -1, 0, :] = np.nan
+    out = attend(late, k, v, causal=True)
+    assert np.isnan(out[..., -1, 0, :]).all()
+    out[..., -1, 0, :] = before[..., -1, 0, :]
+    exactly(out, before)
+    late = k.copy()
+    late[..., -1, :, :] = np.nan
+    out = attend(q, late, v, causal=True)
+    assert np.isnan(out[..., -1, :, :]).all()
+    exactly(out[..., :-1, :, :], before[..., :-1, :, :])
+
+
+@pytest.mark.xfail(strict=True, reason="0 * NaN in the sum over values; section F asks for it, the contract does not")
+def test_nan_in_a_value_reaches_only_those_who_see_it():
+    q, k, v = qkv(SQUARE_SHAPES[0], 0)
+    v[..., -1, :, :] = np.nan
+    assert np.isfinite(attend(q, k, v, causal=True)[..., :-1, :, :]).all()
+
+
+def test_nan_in_the_bias_is_not_taken_for_a_mask():
+    q, k, v = qkv(SQUARE_SHAPES[0], 0)
+    bias = gaussian((1, 1, 1, 3))
+    bias[..., 1] = np.nan
+    assert np.isnan(attend(q, k, v, bias=bias)).all()
+
+
+# dropout
+
+
+DROPPED = AttentionShape((4,), 16, 32, 4, 2, 8, 32)
+
+
+@functools.cache
+def dropped_weights(seed, rate):
+    """Weights as dropout left them, read off by values that are one-hot, and those before."""
+    q, k, _ = qkv(DROPPED, 0)
+    identity = np.broadcast_to(np.eye(32, dtype="float32")[:, None], (4, 32, 2, 32))
+    out, weights = both(q, k, identity, dropout_rate=rate, dropout_key=jax.random.key(seed))
+    return out.swapaxes(-2, -3), weights
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_of_the_weights_and_scales_them(rate):
+    dropped, weights = dropped_weights(0, rate)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], weights[kept] / (1 - rate), rtol=1e-6)
+    sigma = (rate * (1 - rate) / kept.size) ** 0.5
+    assert abs(kept.mean() - (1 - rate)) < 6 * sigma
+
+
+def test_dropout_differs_between_examples_heads_queries_and_keys():
+    kept = dropped_weights(0, 0.4)[0] != 0
+    sigma = (0.52 * 0.48) ** 0.5
+    for axes in ((0, 1), (2,), (3,)):
+        rows = np.moveaxis(kept, axes, range(len(axes))).reshape(np.prod([kept.shape[a] for a in axes]), -1)
+        agreement = (rows[:, None] == rows[None]).mean(-1)[~np.eye(len(rows), dtype=bool)]
+        assert np.abs(agreement - 0.52).max() < 6 * sigma / rows.shape[1] ** 0.5
+
+
+def test_dropout_is_its_key():
+    exactly(dropped_weights.__wrapped__(1, 0.5)[0], dropped_weights(1, 0.5)[0])
+    assert (dropped_weights(1, 0.5)[0] != dropped_weights(0, 0.5)[0]).mean() > 0.4
+
+
+@given(attention_cases(few_shapes, ["mask causal"]))
+def test_dropout_without_a_key_or_a_rate_does_nothing(case):
+    plain = attend(*case.qkv, **case.rules)
+    exactly(attend(*case.qkv, dropout_rate=0.5, **case.rules), plain)
+    exactly(attend(*case.qkv, dropout_key=jax.random.key(0), **case.rules), plain)
+
+
+@given(attention_cases(st.just(FEW_SHAPES[1]), ["mask causal"]), seeds)
+def test_dropout_hides_no_rule(case, seed):
+    """With dropout on, masked weights stay 0, dead rows stay 0, and the weights told are those before it."""
+    rules = case.rules | {"dropout_rate": 0.3, "dropout_key": jax.random.key(seed)}
+    out, weights = both(case.q, case.k, replaced(case.v, ~case.seen, np.nan), **rules)
+    assert np.isfinite(out).all()
+    dead = ~case.allowed.any(-1).swapaxes(-1, -2)
+    assert (out[dead] == 0).all()
+    exactly(weights, weigh(*case.qkv, **case.rules))
+
+
+# bad input
+
+
+BAD = {
+    "float mask": ({"mask": jnp.zeros((2, 4, 3, 3))}, TypeError, "mask must be bool.*float32.*bias="),
+    "0/1 mask": ({"mask": jnp.ones((2, 1, 1, 3), jnp.int32)}, TypeError, r"int32.*astype\(bool\)"),
+    "bool bias": ({"bias": jnp.ones((2, 1, 1, 3), bool)}, TypeError, "bias must be floating.*bool.*mask="),
+    "[T, S] bias": ({"bias": jnp.zeros((3, 3))}, ValueError, r"bias must broadcast.*\(2, 4, 3, 3\).*\(3, 3\)"),
+    "mask of other keys": ({"mask": jnp.ones((2, 1, 3, 4), bool)}, ValueError, r"\(2, 1, 3, 4\)"),
+    "mask of 2 of 4 heads": ({"mask": jnp.ones((2, 2, 3, 3), bool)}, ValueError, r"\(2, 2, 3, 3\)"),
+    "head widths": ({"k": jnp.ones((2, 3, 2, 5))}, ValueError, r"agree in \*B and H.*\(2, 3, 4, 2\).*\(2, 3, 2, 5\)"),
+    "batches": ({"k": jnp.ones((1, 3, 2, 2))}, ValueError, r"agree in \*B and H.*\(1, 3, 2, 2\)"),
+    "ranks": ({"k": jnp.ones((3, 2, 2))}, ValueError, r"agree in \*B and H.*\(3, 2, 2\)"),
+    "lengths of k and v": ({"v": jnp.ones((2, 4, 2, 2))}, ValueError, r"k and v must agree.*\(2, 4, 2, 2\)"),
+    "heads of k and v": ({"v": jnp.ones((2, 3, 1, 2))}, ValueError, r"k and v must agree.*\(2, 3, 1, 2\)"),
+    "heads": ({"k": jnp.ones((2, 3, 3, 2)), "v": jnp.ones((2, 3, 3, 2))}, ValueError, "multiple.*N=4, K=3"),
+    "more key heads": ({"k": jnp.ones((2, 3, 8, 2)), "v": jnp.ones((2, 3, 8, 2))}, ValueError, "N=4, K=8"),
+    "no key heads": ({"k": jnp.ones((2, 3, 0, 2)), "v": jnp.ones((2, 3, 0, 2))}, ValueError, "N=4, K=0"),
+    "no width": ({"q": jnp.ones((2, 3, 4, 0)), "k": jnp.ones((2, 3, 2, 0))}, ValueError, "H at least 1.*H=0"),
+    "integer q": ({"q": jnp.ones((2, 3, 4, 2), jnp.int32)}, TypeError, "floating.*int32"),
+    "integer k": ({"k": jnp.ones((2, 3, 2, 2), jnp.int32)}, TypeError, "floating.*int32"),
+    "integer q, k": (
+        {"q": jnp.ones((2, 3, 4, 2), jnp.int8), "k": jnp.ones((2, 3, 2, 2), jnp.int8)},
+        TypeError,
+        "floating.*int8",
+    ),
+    "integer v": ({"v": jnp.ones((2, 3, 2, 2), jnp.int32)}, TypeError, "v must be floating.*int32"),
+    "mixed": ({"k": jnp.ones((2, 3, 2, 2), jnp.bfloat16)}, TypeError, "one floating dtype.*float32.*bfloat16.*cast"),
+    "window int": ({"window": 3}, ValueError, r"window must be \(left, right\).*got 3.*window=\(w - 1, 0\)"),
+    "window < 0": ({"window": (-1, 0)}, ValueError, r"window must be.*got \(-1, 0\)"),
+    "window of 3": ({"window": (1, 0, 0)}, ValueError, r"window must be.*\(1, 0, 0\)"),
+    "float window": ({"window": (1.5, 0)}, ValueError, r"window must be.*\(1.5, 0\)"),
+    "offset shape": ({"causal": True, "q_offset": jnp.zeros(3, jnp.int32)}, ValueError, r"q_offset.*\(2,\).*\(3,\)"),
+    "float offset": ({"causal": True, "q_offset": 1.5}, TypeError, "q_offset must be .*integer"),
+    "float offsets": ({"causal": True, "q_offset": jnp.array([0.5, 1.5])}, TypeError, "q_offset must be .*integer"),
+    "implementation": ({"implementation": "fast"}, ValueError, "implementation must be None or one of.*'fast'"),
+    "dropout 1": ({"dropout_rate": 1.0}, ValueError, "dropout rate must be at least 0 and below 1, got 1.0"),
+    "dropout -1": ({"dropout_rate": -1.0}, ValueError, "at least 0.*got -1.0"),
+    "dropout NaN": ({"dropout_rate": float("nan")}, ValueError, "at least 0.*got nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_with_rule_and_remedy(name, untyped):
+    changes, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call(small(**changes))
+
+
+@pytest.mark.parametrize("wrong", [(3, 3), (3,), (1, 3, 3), (1, 3, 1, 3, 3), (1, 1, 1, 1, 3)])
+def test_a_mask_of_another_rank_is_refused_even_where_all_sizes_are_equal(wrong, untyped):
+    """[B, S] with B = T = S = N would broadcast without a word."""
+    q = k = v = jnp.asarray(gaussian((3, 3, 3, 2)))
+    with pytest.raises(ValueError, match=r"mask must broadcast to the logits.*got \(.*padding_mask"):
+        dot_product_attention(q, k, v, mask=jnp.ones(wrong, bool))
+
+
+@pytest.mark.parametrize("rules", [{"causal": True}, {"window": (1, 0)}, {"causal": True, "window": (1, 0)}])
+@pytest.mark.parametrize(("queries", "keys"), [(2, 5), (5, 2), (1, 3)])
+def test_causal_with_other_lengths_needs_an_offset_and_names_both(queries, keys, rules, untyped):
+    T, S = queries, keys
+    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), T, S, 2, 2, 2, 2), 0))
+    with pytest.raises(ValueError, match=rf"T={T} queries and S={S} keys give q_offset, 0 to align.*S - T = {S - T}"):
+        dot_product_attention(q, k, v, **rules)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(untyped):
+    with pytest.raises((TypeError, ValueError), match="10"):
+        split_heads(jnp.asarray(gaussian((2, 3, 10))), 4)

@@ -1,0 +1,178 @@
+"""Laws of the cache: what is decoded step by step is what the whole would give."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.attention import dot_product_attention
+from core.cache import KeysValues, KVCache, append, cached_attention, empty_keys_values
+from tests.strategies import AttentionShape, qkv, seeds
+
+SHAPES = [AttentionShape((2,), 6, 6, 2, 2, 4, 4), AttentionShape((2, 3), 6, 6, 4, 2, 2, 2)]
+shapes = st.sampled_from(SHAPES)
+attend = jax.jit(cached_attention)
+causal = jax.jit(functools.partial(dot_product_attention, causal=True))
+exactly = functools.partial(np.testing.assert_array_equal, strict=True)
+
+
+def filled(shape, capacity, lengths, k, v, junk=0.0):
+    """A cache whose row b holds the first lengths[b] tokens of k and v, and junk behind them."""
+    used = (np.arange(capacity) < np.asarray(lengths)[..., None])[..., None, None]
+    rows = [np.where(used, x[..., :capacity, :, :], np.float32(junk)) for x in (k, v)]
+    return KVCache(KeysValues(*map(jnp.asarray, rows)), jnp.asarray(lengths, jnp.int32))
+
+
+def empty(shape, capacity):
+    slots = empty_keys_values(shape.batch, capacity, shape.K, shape.H, jnp.float32)
+    return KVCache(slots, jnp.zeros(shape.batch, jnp.int32))
+
+
+def chunk(arrays, starts, size):
+    """`size` tokens of each row, from its own start."""
+    index = (np.asarray(starts)[..., None] + np.arange(size))[..., None, None]
+    return [np.take_along_axis(x, index, axis=-3) for x in arrays]
+
+
+def tokens(shape, seed):
+    return qkv(shape, seed)
+
+
+@given(shapes, seeds, st.sampled_from([[6], [1] * 6, [2, 2, 2], [4, 1, 1], [1, 4, 1]]))
+def test_chunks_of_any_size_are_full_causal_attention(shape, seed, sizes):
+    arrays = tokens(shape, seed)
+    whole, cache, start = causal(*arrays), empty(shape, 6), 0
+    for size in sizes:
+        out, cache = attend(*chunk(arrays, np.full(shape.batch, start), size), cache)
+        np.testing.assert_allclose(out, whole[..., start : start + size, :, :], rtol=0, atol=2e-5)
+        start += size
+    exactly(np.asarray(cache.length), np.full(shape.batch, 6, "int32"))
+    for slots, x in zip(cache.keys_values, arrays[1:], strict=True):
+        exactly(np.asarray(slots), x)
+
+
+@given(shapes, seeds, st.integers(1, 3))
+def test_rows_may_hold_different_numbers_of_tokens(shape, seed, size):
+    arrays = tokens(shape, seed)
+    lengths = np.random.default_rng(seed).integers(0, 7 - size, shape.batch)
+    out, cache = attend(*chunk(arrays, lengths, size), filled(shape, 6, lengths, *arrays[1:]))
+    wanted = chunk([np.asarray(causal(*arrays))], lengths, size)[0]
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+    exactly(np.asarray(cache.length), (lengths + size).astype("int32"))
+    used = np.arange(6) < (lengths + size)[..., None]
+    for slots, x in zip(cache.keys_values, arrays[1:], strict=True):
+        exactly(np.asarray(slots)[used], x[used])
+        assert (np.asarray(slots)[~used] == 0).all()
+
+
+@given(shapes, seeds, st.sampled_from([np.nan, np.inf, -np.inf, 1e38]))
+def test_what_lies_in_unused_slots_changes_nothing(shape, seed, junk):
+    arrays = tokens(shape, seed)
+    lengths = np.random.default_rng(seed).integers(0, 5, shape.batch)
+    new = chunk(arrays, lengths, 2)
+    clean, _ = attend(*new, filled(shape, 6, lengths, *arrays[1:]))
+    foul, cache = attend(*new, filled(shape, 6, lengths, *arrays[1:], junk=junk))
+    exactly(np.asarray(foul), np.asarray(clean))
+    unused = np.arange(6) >= (lengths + 2)[..., None]
+    assert not np.isfinite(np.asarray(cache.keys_values.v)[unused]).any() or junk == 1e38
+
+
+@given(shapes, seeds)
+def test_spare_capacity_changes_nothing(shape, seed):
+    arrays = tokens(shape, seed)
+    new = chunk(arrays, np.zeros(shape.batch, int), 2)
+    np.testing.assert_allclose(attend(*new, empty(shape, 6))[0], attend(*new, empty(shape, 2))[0], rtol=0, atol=2e-5)
+
+
+@given(shapes, seeds, st.sampled_from([(5, 2), (6, 1), (0, 7), (3, 4)]))
+def test_an_overflow_raises_where_it_is_known(shape, seed, sizes):
+    """One full row is enough."""
+    have, more = sizes
+    lengths = np.zeros(shape.batch, int)
+    lengths.flat[-1] = have
+    arrays = tokens(shape._replace(T=7, S=7), seed)
+    cache = filled(shape, 6, lengths, *arrays[1:])
+    new = [jnp.asarray(x) for x in chunk(arrays, np.zeros(shape.batch, int), more)]
+    message = f"the cache holds 6 tokens a row, {have} are there and {more} more came; make it with a larger max_length"
+    for update in (lambda: append(cache, *new[1:]), lambda: cached_attention(*new, cache)):
+        with pytest.raises(ValueError, match=message):
+            update()
+
+
+def test_a_chunk_longer_than_the_cache_raises_under_jit_too():
+    arrays = tokens(SHAPES[0]._replace(T=7, S=7), 0)
+    with pytest.raises(ValueError, match="holds 6 tokens a row, 0 are there and 7 more came"):
+        attend(*arrays, empty(SHAPES[0], 6))
+
+
+@given(shapes, seeds, st.integers(1, 2))
+def test_an_overflow_under_jit_poisons_its_row_for_good_and_no_other(shape, seed, size):
+    arrays = tokens(shape, seed)
+    lengths = np.full(shape.batch, 1)
+    lengths.flat[0] = 6
+    over = lengths == 6
+    cache = filled(shape, 6, lengths, *arrays[1:])
+    roomy = filled(shape, 6, np.where(over, 0, lengths), *arrays[1:])
+    for step in range(2):
+        new = chunk(arrays, np.full(shape.batch, step), size)
+        (out, cache), (fine, roomy) = attend(*new, cache), attend(*new, roomy)
+        assert np.isnan(np.asarray(out)[over]).all()
+        exactly(np.asarray(out)[~over], np.asarray(fine)[~over])
+    assert (np.asarray(cache.length) == lengths + 2 * size).all()
+    exactly(np.asarray(cache.keys_values.k)[over], arrays[1][over])  # nothing is overwritten
+
+
+@given(seeds)
+def test_rows_of_a_cache_are_independent(seed):
+    shape = SHAPES[0]
+    arrays, lengths = tokens(shape, seed), np.array([3, 1])
+    new, other = (chunk(tokens(shape, s), lengths, 1) for s in (seed, seed + 1))
+    out, cache = attend(*new, filled(shape, 6, lengths, *arrays[1:]))
+    mixed = [np.stack([x[0], y[1]]) for x, y in zip(new, other, strict=True)]
+    out_mixed, cache_mixed = attend(*mixed, filled(shape, 6, lengths, *arrays[1:]))
+    for one, two in zip(jax.tree.leaves((out, cache)), jax.tree.leaves((out_mixed, cache_mixed)), strict=True):
+        exactly(np.asarray(one)[0], np.asarray(two)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_empty_cache_has_room_for_its_capacity(dtype):
+    slots = empty_keys_values((2, 3), 5, 4, 8, dtype)
+    assert [x.shape for x in slots] == [(2, 3, 5, 4, 8)] * 2
+    assert all(x.dtype == dtype for x in slots)
+
+
+def test_a_step_from_a_cache_has_the_dtype_it_stores():
+    shape = SHAPES[0]
+    low = [jnp.asarray(x, jnp.bfloat16) for x in chunk(tokens(shape, 0), [0, 0], 2)]
+    slots = empty_keys_values(shape.batch, 6, shape.K, shape.H, jnp.bfloat16)
+    out, cache = attend(*low, KVCache(slots, jnp.zeros(2, jnp.int32)))
+    assert out.dtype == cache.keys_values.k.dtype == jnp.bfloat16
+
+
+def test_an_empty_batch_is_an_empty_batch():
+    shape = AttentionShape((0,), 2, 2, 2, 2, 4, 4)
+    arrays = [jnp.asarray(x) for x in tokens(shape, 0)]
+    out, cache = cached_attention(*arrays, empty(shape, 6))
+    assert out.shape == (0, 2, 2, 4)
+    assert cache.length.shape == (0,)
+
+
+BAD = {
+    "fewer heads": ((2, 1, 1, 4), jnp.float32),
+    "narrower heads": ((2, 1, 2, 1), jnp.float32),
+    "another batch": ((1, 1, 2, 4), jnp.float32),
+    "another dtype": ((2, 1, 2, 4), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_keys_of_another_shape_or_dtype_are_refused(name, untyped):
+    """They would be broadcast or cast into the slots without a word."""
+    shape, dtype = BAD[name]
+    new = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    with pytest.raises((TypeError, ValueError)):
+        append(empty(SHAPES[0], 6), new, new)

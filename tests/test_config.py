@@ -1,0 +1,139 @@
+"""Laws of the configuration: it is valid or it is not there."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from core.config import TransformerConfig
+from tests.strategies import configs
+
+nan, inf = float("nan"), float("inf")
+
+BAD = [
+    *[({name: value}, f"{name} must be at least 1 and finite, got {value}")
+      for name in ("d_model", "num_heads", "d_ff", "max_length", "source_vocab_size", "target_vocab_size",
+                   "num_kv_heads")
+      for value in (0, -2)],
+    *[({name: -1}, f"{name} must be at least 0 and finite, got -1")
+      for name in ("num_encoder_layers", "num_decoder_layers")],
+    *[({name: value}, f"{name} must be at least 0 and below 1, got {value}")
+      for name in ("dropout_rate", "attention_dropout_rate") for value in (1.0, 1, 1.5, -0.1, nan, inf)],
+    *[({name: value}, f"{name} must be at least .* and finite, got {value}")
+      for name in ("norm_epsilon", "rotary_theta") for value in (0.0, -1.0, nan, inf)],
+    *[({name: value}, f"{name} must be int, got {value!r}")
+      for name in ("d_model", "num_heads", "d_ff", "max_length", "num_encoder_layers", "num_decoder_layers")
+      for value in (8.0, "8", None, True)],
+    *[({name: value}, f"{name} must be int or None, got {value!r}")
+      for name in ("source_vocab_size", "target_vocab_size", "num_kv_heads") for value in (8.0, "8", False)],
+    *[({name: value}, f"{name} must be float or int, got {value!r}")
+      for name in ("dropout_rate", "attention_dropout_rate", "norm_epsilon", "rotary_theta")
+      for value in ("0.1", None, False)],
+    *[({name: value}, f"{name} must be bool, got {value!r}")
+      for name in ("attention_bias", "feed_forward_bias") for value in (1, 0, None, "yes")],
+    *[({name: value}, f"{name} must be one of .*, got {value!r}")
+      for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype")
+      for value in ("other", None, 1, True)],
+    ({"d_model": 10, "num_heads": 4}, "d_model must be a multiple of num_heads, got d_model=10, num_heads=4"),
+    ({"num_heads": 8, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=8"),
+    ({"num_heads": 8, "num_kv_heads": 16}, "num_heads must be a multiple of num_kv_heads.*num_kv_heads=16"),
+    ({"d_model": 20, "num_heads": 4, "positions": "rotary"}, "even head width d_model / num_heads, got 20 / 4 = 5"),
+    ({"source_vocab_size": 8, "target_vocab_size": 9, "tie_embeddings": "all"}, "one joint.*=8.*=9; use 'target' or"),
+    ({"dtype": "float64"}, "float64 needs .*jax_enable_x64"),
+    ({"param_dtype": "float64"}, "float64 needs .*jax_enable_x64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda case: None if isinstance(case, str) else str(case))
+def test_an_invalid_field_is_named_with_what_came(fields, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**fields)
+
+
+def test_every_field_has_an_invalid_value_in_these_laws():
+    named = {name for fields, _ in BAD for name in fields}
+    assert named == {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD[::7], ids=lambda case: None if isinstance(case, str) else str(case))
+def test_replace_and_json_validate_like_the_constructor(fields, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig().replace(**fields)
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_json(json.dumps(fields))
+
+
+def test_the_defaults_are_the_base_model_of_2017():
+    config = TransformerConfig()
+    assert (config.d_model, config.num_heads, config.d_ff, config.dropout_rate) == (512, 8, 2048, 0.1)
+    assert (config.num_encoder_layers, config.num_decoder_layers) == (6, 6)
+    assert (config.activation, config.norm, config.norm_order) == ("relu", "layer_norm", "post")
+    assert config.positions == "sinusoidal"
+
+
+@given(configs())
+def test_json_gives_back_the_same_configuration(config):
+    back = TransformerConfig.from_json(config.to_json())
+    assert back == config
+    assert hash(back) == hash(config)
+    assert set(json.loads(config.to_json())) == {field.name for field in dataclasses.fields(config)}
+
+
+@given(configs())
+def test_replace_changes_what_it_names_alone(config):
+    changed = config.replace(max_length=config.max_length + 1)
+    assert changed != config
+    assert changed.replace(max_length=config.max_length) == config
+    assert config.replace() == config
+
+
+@given(configs())
+def test_heads_divide_the_width_and_share_keys(config):
+    assert config.head_dim * config.num_heads == config.d_model
+    assert config.kv_heads == (config.num_kv_heads or config.num_heads)
+    assert config.num_heads % config.kv_heads == 0
+
+
+@pytest.mark.parametrize("dtype", ["dtype", "param_dtype"])
+def test_float64_is_there_with_x64(dtype, x64):
+    assert getattr(TransformerConfig(**{dtype: "float64"}), dtype) == "float64"
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TransformerConfig().d_model = 8
+
+
+def test_unknown_fields_are_listed_beside_the_known(untyped):
+    message = r"unknown configuration fields \['heads', 'width'\]; known are \['activation', .*'tie_embeddings'\]"
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig().replace(width=8, heads=2, d_model=8)
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_json('{"width": 8, "heads": 2, "d_model": 8}')
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"d_model"'])
+def test_a_configuration_is_one_json_object(text):
+    with pytest.raises(ValueError, match="a configuration is one JSON object, got"):
+        TransformerConfig.from_json(text)
+
+
+def test_broken_json_is_a_value_error():
+    with pytest.raises(ValueError, match="Expecting"):
+        TransformerConfig.from_json('{"d_model": 8')
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_vocabulary_that_is_not_there_is_named(side):
+    other = "target" if side == "source" else "source"
+    config = TransformerConfig(**{f"{other}_vocab_size": 7})
+    assert config.vocab_size(other) == 7
+    with pytest.raises(ValueError, match=f"this model needs {side}_vocab_size, got None; give it in the configuration"):
+        config.vocab_size(side)
+
+
+def test_numpy_numbers_are_refused_by_name(untyped):
+    with pytest.raises(ValueError, match=r"d_model must be int, got np\.int64"):
+        TransformerConfig(d_model=np.int64(8))

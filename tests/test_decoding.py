@@ -1,0 +1,184 @@
+"""Laws of generation, with toy steps in the place of a model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.attention import dot_product_attention
+from core.cache import KVCache, cached_attention, empty_keys_values
+from core.decoding import EOS, PAD, greedy, prompt_lengths
+from tests.strategies import seeds
+
+V, L = 6, 8
+batches = st.sampled_from([(3,), (), (2, 2)])
+
+
+def table(seed):
+    """Logits of the next token by the last one and how many came before: [V, L, V]."""
+    return np.random.default_rng(seed).standard_normal((V, L, V)).astype("float32")
+
+
+def table_step(tokens, cache):
+    """The cache counts the calls, row by row, and carries the table."""
+    logits, count = cache
+    return logits[tokens, count[..., None]], (logits, count + 1)
+
+
+def start(logits, first):
+    return jnp.asarray(logits), jnp.zeros(np.shape(first), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("max_length", "eos_id", "pad_id"))
+def generate(logits, first, **options):
+    return greedy(table_step, first, start(logits, first), **options)
+
+
+def expected(logits, first, *, max_length=L, eos_id=EOS, pad_id=PAD):
+    """One row, token by token."""
+    out, last = [], first
+    for count in range(max_length):
+        last = int(np.argmax(logits[last, count]))
+        out.append(last)
+        if last == eos_id:
+            break
+    return out + [pad_id] * (max_length - len(out))
+
+
+def firsts(batch, seed):
+    return np.random.default_rng([seed, 1]).integers(0, V, batch).astype("int32")
+
+
+@given(batches, seeds, st.sampled_from([{}, {"max_length": 3}, {"max_length": 0}, {"eos_id": 4, "pad_id": 5}]))
+def test_each_token_is_the_likeliest_until_the_end_and_padding_follows(batch, seed, options):
+    """A batch gives what its rows give one by one, whenever each of them ends."""
+    options = {"max_length": L} | options
+    logits, first = table(seed), firsts(batch, seed)
+    out = np.asarray(generate(logits, first, **options))
+    assert out.shape == (*batch, options["max_length"])
+    assert out.dtype == np.int32
+    for row in np.ndindex(batch):
+        assert out[row].tolist() == expected(logits, first[row], **options)
+
+
+@pytest.mark.parametrize("batch", [(3,), (), (2, 2)])
+def test_jit_changes_no_token(batch):
+    logits, first = table(0), firsts(batch, 0)
+    eager = greedy(table_step, jnp.asarray(first), start(logits, first), max_length=L)
+    np.testing.assert_array_equal(generate(logits, first, max_length=L), eager, strict=True)
+
+
+@given(seeds, st.integers(0, V - 1))
+def test_ties_go_to_the_lowest_id(seed, lowest):
+    tied = np.random.default_rng(seed).random((V, L, V)) < 0.5
+    tied[..., lowest] = True
+    tied[..., :lowest] = False
+    out = generate(np.where(tied, 2.5, table(seed) - 9).astype("float32"), firsts((3,), seed), max_length=2, eos_id=-7)
+    assert (np.asarray(out) == lowest).all()
+
+
+@pytest.mark.parametrize(("batch", "steps"), [((3,), 8), ((2, 2), 2), ((), 1)])
+def test_the_loop_ends_when_all_rows_have_ended(batch, steps):
+    """Counted by the step itself: row r ends after r + 1 tokens, at most `steps`."""
+    calls = []
+
+    def step(tokens, count):
+        jax.debug.callback(lambda: calls.append(1))
+        ends = count + 1 >= last
+        return jnp.where(ends, jax.nn.one_hot(EOS, V), jax.nn.one_hot(5, V))[..., None, :], count + 1
+
+    first = jnp.zeros(batch, jnp.int32)
+    last = jnp.minimum(jnp.arange(first.size).reshape(*batch, 1) + 1, steps)
+    out = greedy(step, first, jnp.int32(0), max_length=L)
+    jax.effects_barrier()
+    assert len(calls) == min(max(first.size, 1), steps)
+    assert ((out == EOS).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("bad", range(3))
+def test_a_row_of_nan_gets_minus_one_and_the_others_their_tokens(bad):
+    logits, first = table(0), jnp.asarray([3, 4, 5], jnp.int32)
+    poison = lambda tokens, cache: (
+        jnp.where((jnp.arange(3) == bad)[:, None, None], jnp.nan, table_step(tokens, cache)[0]),
+        table_step(tokens, cache)[1],
+    )
+    out = greedy(poison, first, start(logits, first), max_length=L, eos_id=-7)
+    fine = generate(logits, first, max_length=L, eos_id=-7)
+    for row in range(3):
+        np.testing.assert_array_equal(out[row], jnp.full(L, -1) if row == bad else fine[row])
+
+
+D = 4
+
+
+def attention_step(tokens, state):
+    """One layer of attention between a table and its transpose."""
+    embedding, cache = state
+    x = embedding[tokens]
+    heads = x[..., None, :]
+    out, cache = cached_attention(heads, heads, -heads[..., ::-1], cache)
+    return (x + out[..., 0, :]) @ embedding.T, (embedding, cache)
+
+
+@jax.jit
+def full_logits(embedding, sequence):
+    x = embedding[sequence]
+    heads = x[..., None, :]
+    out = dot_product_attention(heads, heads, -heads[..., ::-1], causal=True)
+    return (x + out[..., 0, :]) @ embedding.T
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def generate_cached(embedding, first, lengths, capacity, steps):
+    cache = KVCache(empty_keys_values(first.shape, capacity, 1, D, jnp.float32), lengths)
+    return greedy(attention_step, first, (embedding, cache), max_length=steps, eos_id=-7)
+
+
+@given(st.sampled_from([(2,), (2, 2)]), seeds)
+def test_cached_steps_choose_what_the_whole_sequence_would(batch, seed):
+    embedding = np.random.default_rng(seed).standard_normal((V, D)).astype("float32")
+    first, steps = firsts(batch, seed), 4
+    out = np.asarray(generate_cached(embedding, first, np.zeros(batch, "int32"), steps, steps))
+    logits = np.asarray(full_logits(embedding, np.concatenate([first[..., None], out[..., :-1]], axis=-1)))
+    chosen = np.take_along_axis(logits, out[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, logits.max(-1), rtol=0, atol=1e-4)
+
+
+def test_a_cache_that_overflows_ends_in_minus_one():
+    embedding = np.random.default_rng(0).standard_normal((V, D)).astype("float32")
+    out = generate_cached(embedding, np.array([3, 4], "int32"), np.array([0, 2], "int32"), 3, 4)
+    np.testing.assert_array_equal(np.asarray(out) == -1, [[False, False, False, True], [False, True, True, True]])
+
+
+def test_a_negative_length_is_refused(untyped):
+    with pytest.raises(ValueError, match="max_length must be at least 0, got -1"):
+        generate(table(0), firsts((2,), 0), max_length=-1)
+
+
+@given(st.sampled_from([(3, 4), (4,), (2, 2, 4)]), seeds)
+def test_prompt_lengths_count_the_real_tokens(size, seed):
+    lengths = np.random.default_rng(seed).integers(1, size[-1] + 1, size[:-1]).astype("int32")
+    mask, prompt = jnp.asarray(np.arange(size[-1]) < lengths[..., None]), jnp.zeros(size, jnp.int32)
+    np.testing.assert_array_equal(prompt_lengths(mask, prompt), lengths, strict=True)
+    np.testing.assert_array_equal(jax.jit(prompt_lengths)(mask, prompt), lengths, strict=True)
+    assert (np.asarray(prompt_lengths(None, prompt)) == size[-1]).all()
+
+
+@pytest.mark.parametrize("row", [[False, True, True], [True, False, True], [False, False, False]])
+def test_a_prompt_has_its_real_tokens_first_and_at_least_one(row):
+    mask = jnp.asarray([[True, True, False], row])
+    with pytest.raises(ValueError, match="each row of a prompt needs its real tokens first, at least one, then"):
+        prompt_lengths(mask, jnp.zeros((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("mask", [np.ones((2, 3), "int32"), np.ones((2, 4), bool), np.ones(3, bool)])
+def test_the_mask_of_a_prompt_is_bool_and_of_its_shape(mask, untyped):
+    message = (
+        rf"prompt's mask must be bool and of its shape \(2, 3\), got {mask.dtype} \({', '.join(map(str, mask.shape))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        prompt_lengths(jnp.asarray(mask), jnp.zeros((2, 3), jnp.int32))

@@ -1,0 +1,272 @@
+"""Laws of the small layers, for any leading axes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from core.layers import (
+    check_tokens,
+    dropout,
+    dropout_key,
+    embed,
+    feed_forward,
+    layer_norm,
+    linear,
+    residual,
+    rms_norm,
+    site_keys,
+    unembed,
+)
+from tests.strategies import seeds
+
+leading = st.sampled_from([(2,), (), (3, 1, 2), (0, 2)])
+exactly = functools.partial(np.testing.assert_array_equal, strict=True)
+
+
+def drawn(seed, *shapes, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def wide(*arrays):
+    return [np.asarray(x, "float64") for x in arrays]
+
+
+@given(leading, seeds)
+def test_linear_is_a_matrix_and_a_bias(batch, seed):
+    x, kernel, bias = drawn(seed, (*batch, 5), (5, 3), (3,))
+    x64, kernel64, bias64 = wide(x, kernel, bias)
+    np.testing.assert_allclose(linear(x, kernel, bias), x64 @ kernel64 + bias64, atol=1e-5)
+    np.testing.assert_allclose(linear(x, kernel), x64 @ kernel64, atol=1e-5)
+
+
+@given(leading, seeds)
+def test_unembedding_sixteen_bits_gives_float32_logits(batch, seed):
+    x, kernel = drawn(seed, (*batch, 5), (5, 7), dtype=jnp.bfloat16)
+    logits = unembed(x, kernel)
+    assert logits.dtype == jnp.float32
+    x64, kernel64 = wide(x, kernel)
+    np.testing.assert_allclose(logits, x64 @ kernel64, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(2,), (3, 1, 2)])
+def test_parameters_are_cast_to_the_dtype_of_x(batch):
+    x, kernel, bias, scale = drawn(0, (*batch, 4), (4, 3), (3,), (4,))
+    low = x.astype(jnp.bfloat16)
+    assert linear(low, kernel, bias).dtype == jnp.bfloat16
+    assert layer_norm(low, scale, scale, epsilon=1e-6).dtype == jnp.bfloat16
+    assert rms_norm(low, scale, epsilon=1e-6).dtype == jnp.bfloat16
+    assert unembed(low, kernel).dtype == jnp.float32
+
+
+def exact_norm(x, scale, bias, epsilon, centre):
+    centred = x - centre * x.mean(-1, keepdims=True)
+    return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + epsilon) * scale + bias
+
+
+@given(leading, seeds, st.sampled_from([0.0, 1e2, 1e4]), st.sampled_from([1e-6, 1e-3, 1.0]))
+def test_norms_are_their_formulas_also_where_the_mean_is_large(batch, seed, mean, epsilon):
+    """E[x^2] - E[x]^2 would have no digit left at mean 1e4; the inputs themselves are rounded to 2^-24 * mean."""
+    x, scale, bias = drawn(seed, (*batch, 16), (16,), (16,))
+    x = x + mean
+    exact = wide(x, scale, bias)
+    tolerance = {"rtol": 0, "atol": 4e-5 * (1 + mean / 1e2)}
+    wanted = exact_norm(*exact, epsilon, centre=1)
+    np.testing.assert_allclose(layer_norm(x, scale, bias, epsilon=epsilon), wanted, **tolerance)
+    wanted = exact_norm(*exact[:2], 0, epsilon, centre=0)
+    np.testing.assert_allclose(rms_norm(x, scale, epsilon=epsilon), wanted, rtol=0, atol=4e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_norms_of_sixteen_bits_are_computed_in_float32(dtype):
+    (x,) = drawn(0, (2, 3, 16), dtype=dtype)
+    scale, bias = drawn(1, (16,), (16,))
+    x = x * jnp.asarray(300, dtype)  # the squares overflow float16
+    high = x.astype(jnp.float32)
+    exactly(layer_norm(x, scale, bias, epsilon=1e-6), layer_norm(high, scale, bias, epsilon=1e-6).astype(dtype))
+    exactly(rms_norm(x, scale, epsilon=1e-6), rms_norm(high, scale, epsilon=1e-6).astype(dtype))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_norms_without_variance_give_no_nan(value):
+    scale, bias = drawn(0, (6,), (6,))
+    x = jnp.full((2, 3, 6), value)
+    exactly(layer_norm(x, scale, bias, epsilon=1e-6), np.broadcast_to(bias, x.shape))
+    assert np.isfinite(jax.grad(lambda x: layer_norm(x, scale, bias, epsilon=1e-6).sum())(x)).all()
+    assert np.isfinite(jax.grad(lambda x: rms_norm(x, scale, epsilon=1e-6).sum())(x)).all()
+
+
+def test_gradients_are_those_of_finite_differences(x64):
+    x, scale, bias, kernel = drawn(0, (2, 3, 4), (4,), (4,), (4, 4), dtype="float64")
+    check_grads(jax.jit(lambda *a: layer_norm(*a, epsilon=1e-6)), (x, scale, bias), order=2, modes=["rev"])
+    check_grads(jax.jit(lambda *a: rms_norm(*a, epsilon=1e-6)), (x, scale), order=2, modes=["rev"])
+    check_grads(jax.jit(linear), (x, kernel, bias), order=2, modes=["rev"])
+    check_grads(jax.jit(unembed), (x, kernel), order=2, modes=["rev"])
+    check_grads(
+        jax.jit(lambda table: embed(jnp.array([[0, 3], [3, 1]]), table, scale=2.0)), (x[0].repeat(2, 0),), order=2
+    )
+
+
+# dropout
+
+
+DATA = np.random.default_rng(0).standard_normal((4, 3, 64, 32)).astype("float32")
+
+
+@functools.cache
+def kept(seed, rate):
+    return np.asarray(dropout(jnp.asarray(DATA), rate, key=jax.random.key(seed))) != 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_scales_what_it_keeps(rate):
+    out, stays = np.asarray(dropout(jnp.asarray(DATA), rate, key=jax.random.key(0))), kept(0, rate)
+    np.testing.assert_allclose(out[stays], DATA[stays] / (1 - rate), rtol=1e-6)
+    assert abs(stays.mean() - (1 - rate)) < 6 * math.sqrt(rate * (1 - rate) / stays.size)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_dropout_is_independent_along_every_axis(axis):
+    rows = np.moveaxis(kept(1, 0.4), axis, 0).reshape(DATA.shape[axis], -1)
+    agreement = (rows[:, None] == rows[None]).mean(-1)[~np.eye(len(rows), dtype=bool)]
+    assert np.abs(agreement - 0.52).max() < 6 * math.sqrt(0.52 * 0.48 / rows.shape[1])
+
+
+def test_dropout_is_its_key_and_needs_one():
+    x, key = jnp.asarray(DATA), jax.random.key(2)
+    exactly(dropout(x, 0.5, key=key), dropout(x, 0.5, key=jax.random.key(2)))
+    assert abs((kept(2, 0.5) == kept(3, 0.5)).mean() - 0.5) < 6 * 0.5 / math.sqrt(DATA.size)
+    exactly(dropout(x, 0.5), DATA)
+    exactly(dropout(x, 0.0, key=key), DATA)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dropout_keeps_the_dtype(dtype):
+    assert dropout(jnp.asarray(DATA, dtype), 0.25, key=jax.random.key(0)).dtype == dtype
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("key", [None, 0])
+def test_a_rate_outside_its_range_is_refused_even_without_a_key(rate, key, untyped):
+    with pytest.raises(ValueError, match=f"dropout rate must be at least 0 and below 1, got {rate}"):
+        dropout(jnp.asarray(DATA), rate, key=None if key is None else jax.random.key(key))
+
+
+def test_a_missing_key_raises_in_training_and_is_ignored_in_evaluation():
+    key = jax.random.key(0)
+    assert dropout_key(key, rate=0.1, deterministic=False) is key
+    assert dropout_key(None, rate=0.0, deterministic=False) is None
+    for given_key in (None, key):
+        assert dropout_key(given_key, rate=0.1, deterministic=True) is None
+    with pytest.raises(ValueError, match=r"rate 0\.1 in training mode needs a key, got none; give one at the call"):
+        dropout_key(None, rate=0.1, deterministic=False)
+
+
+def test_sites_get_different_keys_that_do_not_depend_on_how_many_there_are():
+    key = jax.random.key(5)
+    keys = [tuple(jax.random.key_data(k).tolist()) for k in (key, *site_keys(key, 6))]
+    assert len(set(keys)) == 7
+    assert [tuple(jax.random.key_data(k).tolist()) for k in site_keys(key, 3)] == keys[1:4]
+    assert site_keys(None, 3) == [None] * 3
+
+
+# tokens
+
+
+@given(leading, seeds, st.sampled_from([1.0, 0.25, 3.0]))
+def test_embedding_is_a_row_of_the_table(batch, seed, scale):
+    (table,) = drawn(seed, (300, 5))
+    tokens = np.random.default_rng(seed).integers(0, 300, batch).astype("int32")
+    wanted = np.asarray(table)[tokens] * np.float32(scale)
+    exactly(np.asarray(embed(jnp.asarray(tokens), table, scale=scale)), wanted)
+    exactly(np.asarray(jitted_embed(tokens, table, scale)), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_tokens_may_be_any_integers(dtype, untyped):
+    (table,) = drawn(0, (300, 5))
+    tokens = np.random.default_rng(0).integers(0, 128, (2, 3))
+    exactly(np.asarray(embed(jnp.asarray(tokens, dtype), table)), np.asarray(table)[tokens])
+
+
+jitted_embed = jax.jit(lambda tokens, table, scale: embed(tokens, table, scale=scale), static_argnums=2)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, -7, -8, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_token_out_of_range_raises_and_gives_nan_under_jit(bad, dtype):
+    (table,) = drawn(0, (7, 4), dtype=dtype)
+    tokens = jnp.asarray([[0, bad], [6, 3]], jnp.int32)
+    low, high = min(bad, 0), max(bad, 6)
+    with pytest.raises(ValueError, match=rf"tokens must lie in \[0, 7\), got values from {low} to {high}"):
+        embed(tokens, table)
+    rows = np.array(jitted_embed(tokens, table, 2.0), "float32")
+    assert np.isnan(rows[0, 1]).all()
+    rows[0, 1] = 0
+    wanted = 2 * np.asarray(table, "float32")[[[0, 0], [6, 3]]]
+    wanted[0, 1] = 0
+    exactly(rows, wanted)
+
+
+def test_a_token_out_of_range_poisons_its_own_example_under_vmap_and_grad():
+    (table,) = drawn(0, (7, 4))
+    rows = np.asarray(jax.vmap(lambda t: embed(t, table))(jnp.asarray([[1], [7]])))
+    assert np.isfinite(rows[0]).all()
+    assert np.isnan(rows[1]).all()
+    gradient = jax.jit(jax.grad(lambda table, t: embed(t, table).sum()))(table, jnp.asarray([6, 7, -1]))
+    exactly(np.asarray(gradient), np.repeat(np.arange(7) == 6, 4).reshape(7, 4).astype("float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_tokens_must_be_integers(dtype, untyped):
+    with pytest.raises(TypeError, match=f"sources must be integers, got {dtype}"):
+        check_tokens(jnp.zeros((2, 3), dtype), 7, "sources")
+    with pytest.raises(TypeError, match=f"tokens must be integers, got {dtype}"):
+        embed(jnp.zeros((2, 3), dtype), jnp.ones((7, 4)))
+
+
+# feed-forward, residual
+
+
+@given(leading, seeds)
+def test_feed_forward_is_its_formula(batch, seed):
+    x, up, gate, down = drawn(seed, (*batch, 3), (3, 8), (3, 8), (8, 3))
+    by = lambda kernel: lambda x: linear(x, kernel)
+    x64, up64, gate64, down64 = wide(x, up, gate, down)
+    h, g = x64 @ up64, x64 @ gate64
+    erf = np.vectorize(math.erf, otypes=["float64"])
+    wanted = {
+        "relu": np.maximum(h, 0) @ down64,
+        "gelu": (h * (1 + erf(h / 2**0.5)) / 2) @ down64,
+        "swiglu": (g / (1 + np.exp(-g)) * h) @ down64,
+    }
+    for activation, value in wanted.items():
+        got = feed_forward(x, by(up), by(down), by(gate) if activation == "swiglu" else None, activation=activation)
+        np.testing.assert_allclose(got, value, rtol=0, atol=2e-5, err_msg=activation)
+
+
+def test_swiglu_needs_a_gate():
+    with pytest.raises(ValueError, match="swiglu needs a gate projection beside up and down, got none"):
+        feed_forward(jnp.ones((2, 3)), lambda x: x, lambda x: x, activation="swiglu")
+
+
+@pytest.mark.parametrize(("order", "wanted"), [("pre", "x+d(f(n(x)))"), ("post", "n(x+d(f(x)))")])
+def test_residual_norms_before_or_after(order, wanted):
+    """Read off with words in the place of arrays."""
+
+    class Word(str):
+        def __add__(self, other):
+            return Word(f"{self}+{other}")
+
+    apply = lambda name: lambda x: Word(f"{name}({x})")
+    sublayer = lambda x: (apply("f")(x), "beside")
+    step = getattr(residual, "__wrapped__", residual)
+    got = step(Word("x"), sublayer, norm=apply("n"), norm_order=order, dropout=apply("d"))
+    assert got == (wanted, "beside")

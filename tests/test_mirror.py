@@ -1,0 +1,132 @@
+"""The two frontends have the same files, classes, methods, arguments, names and shapes."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import pytest
+from flax import nnx
+from hypothesis import Phase, given, settings
+
+import equinox_impl
+import nnx_impl
+from tests.conftest import ROOT
+from tests.strategies import configs
+
+FILES = sorted(path.stem for path in (ROOT / "nnx_impl").glob("*.py"))
+# what only one of the frameworks has, and what stands for it in the other
+KEYWORDS = {"rngs": "key", "deterministic": "inference", "optimizer": "opt_state"}
+NNX_ONLY = {"kernel_metadata", "graph"}
+EQUINOX_ONLY = {"tx"}
+NNX_ONLY_NAMES = {"Rngs", "call_key", "sharded", "Dropout.set_view", "train_step.update"}
+# in Equinox every layer takes a key, so that layers can be put in a row whatever they are
+KEYLESS = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Unembedding", "PositionEmbedding")
+
+
+def test_both_have_the_same_files():
+    assert sorted(path.stem for path in (ROOT / "equinox_impl").glob("*.py")) == FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_both_define_the_same_classes_methods_and_functions(file):
+    first, second = (definitions(package, file) for package in ("nnx_impl", "equinox_impl"))
+    assert first - NNX_ONLY_NAMES == second
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_both_import_the_same_of_core(file):
+    first, second = (core_imports(ROOT / package / f"{file}.py") for package in ("nnx_impl", "equinox_impl"))
+    assert first ^ second <= {
+        "core.layers.site_keys",  # an NNX stream forks where an Equinox key is split by the same rule
+        "core.weights.dotted",
+    }
+
+
+def test_both_take_the_same_arguments():
+    for name in nnx_impl.__all__:
+        first, second = getattr(nnx_impl, name), getattr(equinox_impl, name)
+        if first is second:
+            continue
+        pairs = [(first, second)]
+        if inspect.isclass(first):
+            pairs = [
+                (getattr(first, method), getattr(second, method))
+                for method, function in vars(first).items()
+                if inspect.isfunction(function) and f"{name}.{method}" not in NNX_ONLY_NAMES
+            ]
+        for a, b in pairs:
+            optional_key = ["key"] if name in KEYLESS and a.__name__ == "__call__" else []
+            expected = [KEYWORDS.get(p, p) for p in arguments(a) if p not in NNX_ONLY] + optional_key
+            assert sorted(expected) == [p for p in arguments(b) if p not in EQUINOX_ONLY], f"{name}, {a.__qualname__}"
+
+
+@given(config=configs())
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+def test_both_have_the_same_names_shapes_and_leaf_order(config):
+    for name in ("Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer"):
+        first, second = (shapes(package, name, config) for package in (nnx_impl, equinox_impl))
+        assert first == second
+        assert [key for key, _ in first] == sorted((key for key, _ in first), key=natural)
+
+
+def test_array_fields_of_equinox_modules_are_in_alphabetical_order():
+    for name in equinox_impl.__all__:
+        cls = getattr(equinox_impl, name)
+        if inspect.isclass(cls) and issubclass(cls, eqx.Module):
+            fields = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+            assert fields == sorted(fields), f"{name}: leaves would flatten in another order than in NNX"
+
+
+def test_the_parameter_count_is_the_papers():
+    config = nnx_impl.TransformerConfig(source_vocab_size=37_000, target_vocab_size=37_000, tie_embeddings="all")
+    weights = jax.eval_shape(lambda: nnx_impl.to_weights(nnx_impl.init_transformer(config, seed=0)))
+    assert sum(array.size for array in weights.values()) == 37_000 * 512 + 6 * (
+        3 * (4 * 512 * 512) + 2 * (2 * 512 * 2048 + 2048 + 512) + 5 * (2 * 512)
+    )  # 63 million: the base model of the paper's table 3, which says 65
+
+
+def definitions(package: str, file: str) -> set[str]:
+    module = importlib.import_module(f"{package}.{file}".removesuffix(".__init__"))
+    names = set()
+    for name, value in vars(module).items():
+        if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
+            continue
+        names.add(name)
+        if inspect.isclass(value):
+            methods = {m for m, f in vars(value).items() if inspect.isfunction(f) and not m.startswith("_")}
+            names |= {f"{name}.{method}" for method in methods}
+    return names
+
+
+def core_imports(path: Path) -> set[str]:
+    return {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("core")
+        for alias in node.names
+    } - {"core.config.Activation", "core.config.NormOrder", "core.config.Positions"}
+
+
+def arguments(function) -> list[str]:
+    return sorted(inspect.signature(function).parameters)
+
+
+def shapes(package, name: str, config) -> list[tuple[str, tuple[int, ...]]]:
+    model_class, order = getattr(package, name), []
+
+    def weights():
+        made = model_class(config, **({"rngs": nnx.Rngs(0)} if package is nnx_impl else {"key": jax.random.key(0)}))
+        found = package.to_weights(made)
+        order.extend(found)
+        return found
+
+    found = jax.eval_shape(weights)
+    return [(key, found[key].shape) for key in order]
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
