@@ -31,7 +31,7 @@ class FeedForward(eqx.Module):
             self.gate_proj = linear(config.d_model, config.d_ff, key=next(keys))
         self.up_proj = linear(config.d_model, config.d_ff, key=next(keys))
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
         return feed_forward(x, self.up_proj, self.down_proj, self.gate_proj, activation=self.activation)
 
 

@@ -372,6 +372,12 @@ def test_an_allowed_key_beats_a_blocked_one_however_low_its_logit():
     exactly(np.asarray(dot_product_attention(q, k, v, bias=bias)), np.ones((2, 1, 1, 1), "float32"))
 
 
+def test_products_too_large_before_scaling_are_fine_after_it():
+    q = jnp.zeros((2, 1, 1, 16)).at[..., 0].set(2e19)
+    k = jnp.concatenate([q, -q], axis=-3)  # q k = 4e38 is no float32, a quarter of it is
+    exactly(np.asarray(attention_weights(q, k)), np.broadcast_to(np.float32([1, 0]), (2, 1, 1, 2)))
+
+
 # the same thing said in two ways
 
 
@@ -526,7 +532,9 @@ def test_float64_stays_float64(x64):
 def test_gradients_are_those_of_finite_differences(x64, rules):
     q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), 2, 4, 4, 2, 3, 2), 1, "float64"))
     bias = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 2, 4)))
-    check_grads(jax.jit(lambda *x: dot_product_attention(*x[:3], bias=x[3], **rules)), (q, k, v, bias), order=2, modes=["rev"])
+    check_grads(
+        jax.jit(lambda *x: dot_product_attention(*x[:3], bias=x[3], **rules)), (q, k, v, bias), order=2, modes=["rev"]
+    )
 
 
 # nothing there

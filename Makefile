@@ -1,0 +1,61 @@
+# On a machine with Python 3.11 and make: `make compare` and `make test` set up all that they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := .venv-torch
+
+.PHONY: compare test test-slow test-torch lint format types check bench hooks lock clean
+
+compare: $(READY)
+	$(BIN)/isoformer compare
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+test-torch: $(TORCH)/.ready
+	$(TORCH)/bin/python -m pytest -m torch
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+check: lint types test
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+hooks: $(READY)
+	$(BIN)/pre-commit install
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet '.[test,lint]'
+	.venv-lock/bin/python -m pip freeze --exclude isoformer > requirements.lock
+	rm -rf .venv-lock
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(TORCH)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet torch==2.13.0 --requirement requirements.lock
+	$(TORCH)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(TORCH) .cache build *.egg-info

@@ -1,0 +1,169 @@
+"""What an Equinox expert relies on."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import equinox_impl
+from equinox_impl import LayerNorm, Linear, Transformer, TransformerConfig, evaluation
+from tests.frontends import random_batch, same_bits
+
+CONFIG = TransformerConfig(
+    source_vocab_size=11,
+    target_vocab_size=13,
+    d_model=8,
+    num_heads=2,
+    d_ff=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.5,
+)
+BATCH = random_batch(CONFIG, 0)
+
+
+def model() -> Transformer:
+    return Transformer(CONFIG, key=jax.random.key(0))
+
+
+def logits(model, key=None):
+    return model(BATCH.source, BATCH.inputs, source_mask=BATCH.source_mask, target_mask=BATCH.target_mask, key=key)
+
+
+def test_modules_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model().encoder = None
+
+
+def test_inference_mode_switches_dropout_off_and_training_needs_a_key():
+    made = model()
+    quiet = logits(eqx.nn.inference_mode(made))
+    assert same_bits(quiet, logits(eqx.nn.inference_mode(made), jax.random.key(1)))
+    assert not same_bits(quiet, logits(made, jax.random.key(1)))
+    with pytest.raises(ValueError, match=r"dropout at rate 0\.5 in training mode needs a key"):
+        logits(made)
+
+
+def test_no_array_is_stored_twice():
+    eqx.tree_check(model())
+    tied = CONFIG.replace(source_vocab_size=13, tie_embeddings="all")
+    eqx.tree_check(Transformer(tied, key=jax.random.key(0)))
+
+
+def test_every_array_is_a_parameter():
+    arrays = eqx.filter(model(), eqx.is_array)
+    assert same_bits(arrays, eqx.filter(model(), eqx.is_inexact_array))
+
+
+def test_filter_jit_traces_once_and_keeps_the_numbers():
+    made = evaluation(model())
+    jitted = eqx.filter_jit(eqx.debug.assert_max_traces(logits, max_traces=1))
+    assert same_bits(jitted(made), jitted(made))
+    np.testing.assert_allclose(jitted(made), logits(made), rtol=1e-5, atol=1e-6)
+
+
+def test_partition_and_combine_lose_nothing():
+    made = evaluation(model())
+    params, static = eqx.partition(made, eqx.is_inexact_array)
+    assert same_bits(logits(eqx.combine(params, static)), logits(made))
+
+
+def test_tree_at_changes_one_leaf_of_a_copy():
+    made = evaluation(model())
+    doubled = eqx.tree_at(lambda m: m.target_embedding.embedding, made, replace_fn=lambda table: 2 * table)
+    assert same_bits(doubled.target_embedding.embedding, 2 * made.target_embedding.embedding)
+    assert not same_bits(logits(doubled), logits(made))
+
+
+def test_a_framework_layer_can_take_the_place_of_ours():
+    made = evaluation(model())
+    ours = made.encoder.blocks[0].feed_forward.up_proj
+    theirs = eqx.nn.Linear(CONFIG.d_model, CONFIG.d_ff, key=jax.random.key(1))
+    theirs = eqx.tree_at(lambda layer: (layer.weight, layer.bias), theirs, (ours.kernel.T, ours.bias))
+
+    class PerVector(eqx.Module):
+        """eqx.nn.Linear takes one vector: map it over the axes before."""
+
+        layer: eqx.nn.Linear
+
+        def __call__(self, x):
+            return jax.vmap(jax.vmap(self.layer))(x)
+
+    mixed = eqx.tree_at(lambda m: m.encoder.blocks[0].feed_forward.up_proj, made, PerVector(theirs))
+    np.testing.assert_allclose(logits(mixed), logits(made), rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_subtree_does_not_move():
+    with jax.numpy_dtype_promotion("standard"):
+        made, tx = evaluation(model()), optax.adamw(1e-2)
+        wanted = eqx.tree_at(
+            lambda m: m.decoder, jax.tree.map(lambda _: False, made), jax.tree.map(eqx.is_inexact_array, made.decoder)
+        )
+        trained, frozen = eqx.partition(made, wanted)
+        grads = eqx.filter_grad(lambda t: equinox_impl.loss_fn(eqx.combine(t, frozen), BATCH)[0])(trained)
+        updates, _ = tx.update(grads, tx.init(trained), trained)
+        moved = eqx.combine(eqx.apply_updates(trained, updates), frozen)
+    assert same_bits(moved.encoder, made.encoder)
+    assert not same_bits(moved.decoder, made.decoder)
+
+
+def test_a_train_step_learns_and_leaves_the_batch_alone():
+    with jax.numpy_dtype_promotion("standard"):
+        made, tx = model(), optax.adamw(1e-2)
+        opt_state = tx.init(eqx.filter(made, eqx.is_inexact_array))
+        losses = []
+        for step in range(20):
+            key = jax.random.fold_in(jax.random.key(0), step)
+            made, opt_state, metrics = equinox_impl.train_step(made, opt_state, BATCH, key, tx=tx)
+            losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+    assert BATCH.source.shape == (2, 5)
+
+
+def test_per_example_calls_under_vmap_take_a_key_each():
+    made = model()
+    keys = jax.random.split(jax.random.key(3), 2)
+    one = jax.vmap(lambda source, target, key: made(source, target, key=key))
+    outputs = one(BATCH.source, BATCH.inputs, keys)
+    for i in range(2):
+        np.testing.assert_allclose(
+            outputs[i], made(BATCH.source[i], BATCH.inputs[i], key=keys[i]), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_an_ensemble_is_made_and_called_by_filter_vmap():
+    keys = jax.random.split(jax.random.key(0), 3)
+    ensemble = evaluation(eqx.filter_vmap(lambda key: Transformer(CONFIG, key=key))(keys))
+    outputs = eqx.filter_vmap(logits, in_axes=(eqx.if_array(0),))(ensemble)
+    assert outputs.shape == (3, 2, 4, 13)
+    np.testing.assert_allclose(outputs[1], logits(evaluation(Transformer(CONFIG, key=keys[1]))), rtol=1e-4, atol=1e-5)
+
+
+def test_serialised_leaves_come_back(tmp_path):
+    made = model()
+    eqx.tree_serialise_leaves(tmp_path / "model.eqx", made)
+    skeleton = eqx.filter_eval_shape(lambda: Transformer(CONFIG, key=jax.random.key(9)))
+    assert same_bits(eqx.tree_deserialise_leaves(tmp_path / "model.eqx", skeleton), made)
+
+
+def test_layers_stand_in_a_row_whatever_they_are():
+    row = eqx.nn.Sequential(
+        [
+            Linear(4, 8, key=jax.random.key(0)),
+            LayerNorm(8),
+            equinox_impl.Dropout(0.5),
+            equinox_impl.FeedForward(CONFIG, key=jax.random.key(1)),
+        ]
+    )
+    x = jax.random.normal(jax.random.key(2), (3, 4))
+    assert row(x, key=jax.random.key(3)).shape == (3, 8)
+
+
+def test_abstract_models_cost_no_memory():
+    abstract = eqx.filter_eval_shape(lambda: Transformer(CONFIG, key=jax.random.key(0)))
+    assert isinstance(abstract.target_embedding.embedding, jax.ShapeDtypeStruct)
+    assert abstract.target_embedding.embedding.dtype == jnp.float32

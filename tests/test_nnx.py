@@ -1,0 +1,171 @@
+"""What an NNX expert relies on, in graph mode and in tree mode."""
+
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import nnx_impl
+from nnx_impl import Transformer, TransformerConfig, evaluation
+from tests.conftest import ROOT
+from tests.frontends import random_batch, same_bits
+
+CONFIG = TransformerConfig(
+    source_vocab_size=11,
+    target_vocab_size=13,
+    d_model=8,
+    num_heads=2,
+    d_ff=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.5,
+)
+BATCH = random_batch(CONFIG, 0)
+
+
+@pytest.fixture(params=[True, False], ids=["graph mode", "tree mode"])
+def _mode(request):
+    with nnx.set_graph_mode(request.param), nnx.set_graph_updates(request.param):
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("_mode")
+
+
+def model() -> Transformer:
+    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+
+
+def logits(model, rngs=None):
+    return model(BATCH.source, BATCH.inputs, source_mask=BATCH.source_mask, target_mask=BATCH.target_mask, rngs=rngs)
+
+
+def test_a_model_holds_parameters_and_nothing_else():
+    kinds = {type(variable) for _, variable in nnx.to_flat_state(nnx.state(model()))}
+    assert kinds == {nnx.Param}
+
+
+def test_a_view_shares_parameters_and_switches_dropout_only_for_itself():
+    made = model()
+    view = nnx.view(made, deterministic=True)
+    assert same_bits(logits(view), logits(view))
+    view.target_embedding.embedding[...] = 2 * view.target_embedding.embedding[...]
+    assert same_bits(made.target_embedding.embedding[...], view.target_embedding.embedding[...])
+    with pytest.raises(ValueError, match=r"dropout at rate 0\.5 in training mode needs a key"):
+        logits(made)
+
+
+def test_train_and_eval_switch_the_whole_model():
+    made = model()
+    made.eval()
+    quiet = logits(made)
+    made.train()
+    assert not same_bits(quiet, logits(made, nnx.Rngs(dropout=0)))
+
+
+def test_a_call_takes_rngs_a_stream_or_a_key():
+    made = model()
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    expected = logits(made, key)
+    assert same_bits(logits(made, nnx.Rngs(dropout=5)), expected)
+    assert same_bits(logits(made, nnx.Rngs(5)), expected)
+    assert same_bits(logits(made, nnx.Rngs(dropout=5).dropout), expected)
+
+
+def test_evaluation_changes_no_state_and_training_only_the_stream():
+    made, rngs = model(), nnx.Rngs(dropout=5)
+    before = jax.tree.map(jnp.copy, nnx_impl.to_weights(made))
+    logits(evaluation(made))
+    logits(made, rngs)
+    assert same_bits(before, nnx_impl.to_weights(made))
+    assert int(rngs.dropout.count[...]) == 1
+
+
+def test_split_merge_and_plain_jit_give_the_same_numbers():
+    made = evaluation(model())
+    graphdef, state = nnx.split(made)
+    expected = nnx.jit(logits)(made)
+    assert same_bits(jax.jit(lambda state: logits(nnx.merge(graphdef, state)))(state), expected)
+    assert same_bits(jax.jit(logits)(made), expected)
+
+
+def test_a_train_step_is_traced_once_and_updates_in_place():
+    with jax.numpy_dtype_promotion("standard"):
+        chex.clear_trace_counter()
+        made, rngs = model(), nnx.Rngs(dropout=0)
+        optimizer = nnx.Optimizer(made, optax.adamw(1e-2), wrt=nnx.Param)
+        step = nnx.jit(chex.assert_max_traces(nnx_impl.update, n=1))
+        first = step(made, optimizer, BATCH, rngs)
+        for _ in range(20):
+            last = step(made, optimizer, BATCH, rngs)
+    assert float(last.loss) < float(first.loss)
+    assert int(optimizer.step[...]) == 21
+    assert int(rngs.dropout.count[...]) == 21
+
+
+def test_only_the_parameters_asked_for_are_trained():
+    with jax.numpy_dtype_promotion("standard"):
+        made = evaluation(model())
+        before = jax.tree.map(jnp.copy, nnx_impl.to_weights(made))
+        wrt = nnx.All(nnx.Param, nnx.PathContains("decoder"))
+        optimizer = nnx.Optimizer(made, optax.adamw(1e-2), wrt=wrt)
+        graphdef, trained, rest = nnx.split(made, wrt, ...)
+        grads = jax.grad(lambda trained: nnx_impl.loss_fn(nnx.merge(graphdef, trained, rest), BATCH)[0])(trained)
+        optimizer.update(made, grads)
+    moved = {name for name, array in nnx_impl.to_weights(made).items() if not same_bits(array, before[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+
+
+def test_a_framework_layer_can_take_the_place_of_ours():
+    made = evaluation(model())
+    ours = made.encoder.blocks[0].feed_forward.up_proj
+    theirs = nnx.Linear(CONFIG.d_model, CONFIG.d_ff, rngs=nnx.Rngs(1))
+    theirs.kernel[...] = ours.kernel[...]
+    expected = logits(made)
+    made.encoder.blocks[0].feed_forward.up_proj = theirs
+    np.testing.assert_allclose(logits(made), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_carry_the_names_of_their_axes():
+    specs = {
+        ".".join(map(str, path)): p.get_value()
+        for path, p in nnx.to_flat_state(nnx.get_partition_spec(nnx.state(model())))
+    }
+    assert specs["encoder.blocks.0.attention.q_proj.kernel"] == jax.sharding.PartitionSpec("embed", "heads")
+    assert specs["decoder.blocks.0.feed_forward.down_proj.kernel"] == jax.sharding.PartitionSpec("mlp", "embed")
+    assert specs["target_embedding.embedding"] == jax.sharding.PartitionSpec("vocab", "embed")
+
+
+def test_a_model_is_born_sharded_over_eight_devices():
+    code = """
+import jax
+from flax import nnx
+from nnx_impl import Transformer, TransformerConfig
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+config = TransformerConfig(source_vocab_size=8, target_vocab_size=8, d_model=16, num_heads=4, d_ff=32,
+                           num_encoder_layers=1, num_decoder_layers=1)
+@nnx.jit
+def born():
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    nnx.update(model, jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state)))
+    return model
+rules = (("embed", None), ("heads", "model"), ("mlp", "model"), ("vocab", "model"))
+with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+    model = born()
+kernel = model.encoder.blocks[0].attention.q_proj.kernel[...]
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 4)}, kernel.sharding
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
