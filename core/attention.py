@@ -16,6 +16,7 @@ from core.layers import dropout, wide_dtype
 Offset = int | Int[Array, "*B"]
 Window = tuple[int, int]
 IMPLEMENTATIONS = ("materialised",)
+_FARTHEST = 2**31 - 1  # positions are int32
 
 
 def split_heads(x: Float[Array, "*B T D"], num_heads: int) -> Float[Array, "*B T N H"]:
@@ -106,9 +107,11 @@ def attention_weights(
     dtype = wide_dtype(q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     # q is scaled before the product, so that large finite inputs do not overflow on the way
-    q = (q.astype(dtype) * scale).reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
-    logits = jnp.einsum("...tkgh,...skh->...kgts", q, k.astype(dtype))
-    logits = logits.reshape(*logits.shape[:-4], -1, *logits.shape[-2:])
+    q, k = (q.astype(dtype) * scale).swapaxes(-2, -3), k.astype(dtype).swapaxes(-2, -3)
+    *batch, heads, queries, width = q.shape
+    # the queries of one group stand below each other, so that each key head is one plain matrix product
+    q = q.reshape(*batch, k.shape[-3], heads // k.shape[-3] * queries, width)
+    logits = jnp.einsum("...th,...sh->...ts", q, k).reshape(*batch, heads, queries, k.shape[-2])
     if bias is not None:
         logits = logits + bias.astype(dtype)
     if allowed is not None:
@@ -122,9 +125,11 @@ def attention_weights(
 
 def weighted_values(weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"]) -> Float[Array, "*B T N Hv"]:
     """Sum over the keys of weight times value, accumulated in the weights' dtype, in v's dtype."""
-    grouped = weights.reshape(*weights.shape[:-3], v.shape[-2], -1, *weights.shape[-2:])
-    out = jnp.einsum("...kgts,...skh->...tkgh", grouped, v.astype(weights.dtype))
-    return out.reshape(*out.shape[:-3], -1, out.shape[-1]).astype(v.dtype)
+    v_first = v.astype(weights.dtype).swapaxes(-2, -3)
+    *batch, heads, queries, keys = weights.shape
+    grouped = weights.reshape(*batch, v.shape[-2], heads // v.shape[-2] * queries, keys)
+    out = (grouped @ v_first).reshape(*batch, heads, queries, v.shape[-1])
+    return out.swapaxes(-2, -3).astype(v.dtype)
 
 
 def allowed_keys(
@@ -153,7 +158,7 @@ def allowed_keys(
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias must be floating point, got {bias.dtype}; a bool mask goes into mask=")
         _check_broadcasts("bias", bias.shape, shape)
-        conditions.append(bias > -jnp.inf)
+        conditions.append(bias != -jnp.inf)
     if causal or window is not None:
         ahead = _keys_ahead(shape, q_offset)
         if causal:
@@ -179,7 +184,10 @@ def _keys_ahead(shape: tuple[int, ...], q_offset: Offset | None) -> Int[Array, "
                 f"0 to align the first query with the first key or S - T = {keys - queries} the last with the last"
             )
         q_offset = 0
-    offset = jnp.asarray(q_offset, jnp.int32)
+    offset = jnp.asarray(q_offset)
+    if not jnp.issubdtype(offset.dtype, jnp.integer):
+        raise TypeError(f"q_offset must be an integer or an array of them, got {offset.dtype}")
+    offset = offset.astype(jnp.int32)
     if offset.shape not in ((), tuple(batch)):
         raise ValueError(f"q_offset must be one integer or have the batch shape {tuple(batch)}, got {offset.shape}")
     offset = offset.reshape(*(offset.shape or (1,) * len(batch)), 1, 1, 1)
@@ -195,7 +203,8 @@ def _without_unseen(x: Float[Array, "*B S K H"], allowed: Bool[Array, "..."] | N
         return x
     seen = allowed.any(axis=-2)  # [*B, N, S], 1 where it broadcasts
     if seen.shape[-2] != 1:
-        seen = seen.reshape(*seen.shape[:-2], x.shape[-2], -1, seen.shape[-1]).any(axis=-2)
+        *batch, heads, keys = seen.shape
+        seen = seen.reshape(*batch, x.shape[-2], heads // x.shape[-2], keys).any(axis=-2)
     return jnp.where(seen.swapaxes(-1, -2)[..., None], x, jnp.zeros((), x.dtype))
 
 
@@ -233,4 +242,4 @@ def _checked_window(window: Window) -> Window:
             "window must be (left, right), how many keys before and after the query's own position it may see, "
             f"got {window!r}; a causal window of w keys is causal=True, window=(w - 1, 0)"
         )
-    return window
+    return min(window[0], _FARTHEST), min(window[1], _FARTHEST)

@@ -140,8 +140,8 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
     """Train both frontends side by side on pronunciation, check that they agree bit for bit, and compare them."""
-    agreed = run_comparison(output, minutes=minutes, seed=seed, console=console)
-    raise typer.Exit(0 if agreed else 1)
+    report = run_comparison(output, minutes=minutes, seed=seed, console=console)
+    raise typer.Exit(1 if not report.agreed else 130 if report.interrupted else 0)
 
 
 def task_config(task: Task, **fields) -> TransformerConfig:

@@ -14,6 +14,7 @@ from rich.console import Console
 from core.config import TransformerConfig
 from seq2seq.agreement import bit_difference, step_difference, text_identity
 from seq2seq.batches import Pair, batch, pairs
+from seq2seq.errors import UserError
 from seq2seq.evaluation import SequenceScores, predict, sequence_scores, token_scores
 from seq2seq.frontends import FRONTENDS, frontend
 from seq2seq.measure import lines_of_code, measure_alone, timed
@@ -30,22 +31,24 @@ class DisagreementError(Exception):
     """The frontends differ where they must not."""
 
 
-def compare(folder: Path, *, minutes: float, seed: int, console: Console) -> bool:
-    """Runs the whole comparison and writes its report into `folder`; whether the frontends agreed.
+def compare(folder: Path, *, minutes: float, seed: int, console: Console) -> Report:
+    """Runs the whole comparison and writes its report into `folder`.
 
     Ctrl-C, like a disagreement, ends it with a report of all that is known by then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not 0 < minutes < float("inf"):
+        raise UserError(f"minutes must be above 0 and finite, got {minutes}")
     report = Report(folder)
     try:
         Comparison(report, seed=seed, console=console).run(minutes=minutes)
     except KeyboardInterrupt:
+        report.interrupted = True
         report.notes.append("Interrupted: what had not been measured by then is missing.")
     except DisagreementError as difference:
         report.agreed = False
         report.notes.append(f"THE FRONTENDS DISAGREE: {difference}")
     report.write(console)
-    return report.agreed
+    return report
 
 
 class Comparison:

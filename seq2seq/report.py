@@ -20,8 +20,10 @@ class Report:
     """Collects what is known, and can be written at any moment."""
 
     def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.agreed = True
+        self.interrupted = False
         self.about: dict[str, Any] = {}
         self.notes: list[str] = []
         self.rows: list[tuple[str, str, str]] = []
@@ -67,6 +69,7 @@ class Report:
         packages = ("jax", "jaxlib", "flax", "equinox", "optax", "numpy")
         return {
             "agreed": self.agreed,
+            "interrupted": self.interrupted,
             "about": self.about,
             "machine": {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))},
             "versions": {name: importlib.metadata.version(name) for name in packages},

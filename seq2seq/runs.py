@@ -98,4 +98,5 @@ class Run:
             best_mode="min",
             enable_async_checkpointing=False,
         )
-        return ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options)
+        folder = (self.folder / "checkpoints").absolute()
+        return ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler(), options=options)

@@ -221,7 +221,7 @@ def test_backward_is_the_adjoint_of_forward(name, seed):
         cotangent, forward, backward = _derivatives(name, args, tangents, jax.random.key(seed))
         products = np.concatenate([np.ravel(t * b) for t, b in zip(tangents, backward, strict=True)])
         size = np.abs(products).sum()
-        np.testing.assert_allclose(np.vdot(forward, cotangent), products.sum(), rtol=0, atol=1e-12 * size)
+        assert abs(np.vdot(forward, cotangent) - products.sum()) <= 1e-12 * size  # NaN fails
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -244,14 +244,21 @@ def generated(frontend, model, config, weights, tokens, mask, **how):
     return frontend.generate(rebuilt(frontend, model, config, weights), tokens, source_mask=mask, **how)
 
 
+def raggedest_end(written):
+    """The token that, as the end, makes rows stop at the most different times."""
+    rows = written.reshape(-1, written.shape[-1])
+    ends = lambda token: [min(np.flatnonzero(row == token), default=len(row)) for row in rows]
+    return max(range(13), key=lambda token: (np.ptp(ends(token)), token in written))
+
+
 @every_position
-@given(data=st.data(), batch=batches, seed=seeds, pick=st.integers(0, 99))
+@given(data=st.data(), batch=batches, seed=seeds, bos_id=st.integers(0, 12))
 @fewer
-def test_cached_generation_equals_the_uncached_oracle(positions, data, batch, seed, pick):
+def test_cached_generation_equals_the_uncached_oracle(positions, data, batch, seed, bos_id):
     with jax.enable_x64(True):
         config = data.draw(float64_configs(positions=positions))
         source, mask = data.draw(texts(batch, S, config.source_vocab_size))
-        weights, bos_id = random_weights(config, seed), pick % 13
+        weights = random_weights(config, seed)
 
         def oracle(eos_id):
             rows = []
@@ -261,7 +268,7 @@ def test_cached_generation_equals_the_uncached_oracle(positions, data, batch, se
                 rows.append(reference.greedy(after, [bos_id], max_length=6, eos_id=eos_id, pad_id=3))
             return np.array(rows).reshape(*batch, 6)
 
-        eos_id = int(oracle(-1).flat[pick % (6 * math.prod(batch))])  # one that is written, so that a row ends
+        eos_id = raggedest_end(oracle(-1))
         for name, frontend in FRONTENDS.items():
             how = {"max_length": 6, "bos_id": bos_id, "eos_id": eos_id, "pad_id": 3}
             got = generated(frontend, "Transformer", config, weights, source, mask, **how)
@@ -269,9 +276,9 @@ def test_cached_generation_equals_the_uncached_oracle(positions, data, batch, se
 
 
 @every_position
-@given(data=st.data(), batch=batches, seed=seeds, pick=st.integers(0, 99))
+@given(data=st.data(), batch=batches, seed=seeds)
 @fewer
-def test_cached_continuation_of_ragged_prompts_equals_the_uncached_oracle(positions, data, batch, seed, pick):
+def test_cached_continuation_of_ragged_prompts_equals_the_uncached_oracle(positions, data, batch, seed):
     with jax.enable_x64(True):
         config = data.draw(float64_configs(positions=positions))
         prompt, mask = data.draw(texts(batch, S, config.target_vocab_size, prompt=True))
@@ -286,7 +293,7 @@ def test_cached_continuation_of_ragged_prompts_equals_the_uncached_oracle(positi
             ]  # fmt: skip
             return np.array(rows).reshape(*batch, 6)
 
-        eos_id = int(oracle(-1).flat[pick % (6 * math.prod(batch))])
+        eos_id = raggedest_end(oracle(-1))
         for name, frontend in FRONTENDS.items():
             how = {"max_length": 6, "eos_id": eos_id, "pad_id": 3}
             got = generated(frontend, "DecoderOnlyTransformer", config, weights, prompt, mask, **how)

@@ -1,0 +1,88 @@
+"""Our attention beside the peers', on the same numbers, in turn."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from core.attention import dot_product_attention
+from seq2seq.measure import timed
+
+LENGTHS = (64, 256, 512)
+_ROUNDS = 15
+Attention = Callable[[Any, Any, Any], Any]
+
+
+def attention_times(length: int) -> dict[str, dict[str, float]]:
+    """Median seconds of causal attention, B=4, N=8, H=64, float32, by implementation; ours first."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((4, length, 8, 64)).astype(np.float32) for _ in range(3)]
+    contenders = _jax_contenders(length) | _torch_contenders()
+    arguments = {name: [convert(array) for array in inputs] for name, (convert, _, _) in contenders.items()}
+    reference = None
+    for name, (_, forward, both) in contenders.items():
+        output = np.asarray(forward(*arguments[name]))  # also warms up
+        both(*arguments[name])
+        reference = output if reference is None else reference
+        np.testing.assert_allclose(output, reference, rtol=1e-4, atol=1e-5, err_msg=name)
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {"forward": [], "forward + backward": []} for name in contenders
+    }
+    for _ in range(_ROUNDS):
+        for name, (_, forward, both) in contenders.items():
+            samples[name]["forward"].append(timed(forward, *arguments[name])[0])
+            samples[name]["forward + backward"].append(timed(both, *arguments[name])[0])
+    return {name: {kind: statistics.median(times) for kind, times in by.items()} for name, by in samples.items()}
+
+
+def _jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+    def equinox_attention(q, k, v):  # what eqx.nn.MultiheadAttention does between its projections
+        def one(q, k, v):
+            return eqx.nn._attention.dot_product_attention(q, k, v, mask=mask[0, 0])
+
+        return jax.vmap(jax.vmap(one, in_axes=1, out_axes=1))(q, k, v)
+
+    functions = {
+        "isoformer": lambda q, k, v: dot_product_attention(q, k, v, causal=True),
+        "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
+        "flax.nnx": lambda q, k, v: nnx.dot_product_attention(q, k, v, mask=mask),
+        "equinox": equinox_attention,
+    }
+    return {
+        name: (jnp.asarray, jax.jit(function), jax.jit(_with_gradient(function)))
+        for name, function in functions.items()
+    }
+
+
+def _with_gradient(function: Attention) -> Attention:
+    return jax.grad(lambda q, k, v: jnp.square(function(q, k, v)).sum(), argnums=(0, 1, 2))
+
+
+def _torch_contenders() -> dict[str, tuple[Callable, Attention, Attention]]:
+    """PyTorch's fused kernel, where the torch extra is installed; with as many threads as XLA has."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return {}
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def convert(array):  # PyTorch wants heads before positions
+        return torch.from_numpy(array.swapaxes(1, 2).copy()).requires_grad_()
+
+    def forward(q, k, v):
+        with torch.no_grad():
+            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).numpy()
+
+    def both(q, k, v):
+        q.grad = k.grad = v.grad = None
+        scaled_dot_product_attention(q, k, v, is_causal=True).square().sum().backward()
+        return q.grad.numpy()
+
+    return {"torch": (convert, forward, both)}

@@ -1,0 +1,79 @@
+"""Every code block of the README and the docs runs, and every command in them exists."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import core
+import equinox_impl
+import nnx_impl
+from core.config import TransformerConfig
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(language, code, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, (language, code) in enumerate(re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.S | re.M))
+]
+MODULES = [
+    f"{package.__name__}.{module.name}"
+    for package in (core, nnx_impl, equinox_impl)
+    for module in pkgutil.iter_modules(package.__path__)
+]
+
+
+@pytest.mark.parametrize(("language", "code"), BLOCKS)
+def test_code_blocks_run(language, code):
+    if language == "python":
+        exec(code, {})
+        return
+    assert language == "sh"
+    for line in code.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+        else:
+            assert program == "isoformer"
+            command, *rest = arguments
+            options = {argument for argument in rest if argument.startswith("--")}
+            shown = subprocess.run(
+                [sys.executable, "-m", "seq2seq.cli", command, "--help"],
+                cwd=ROOT, check=True, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""},
+            ).stdout  # fmt: skip
+            assert options <= set(re.findall(r"--[\w-]+", shown)), line
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    names = {"jax": jax, "jnp": jnp, "nnx": nnx, "eqx": eqx, "TransformerConfig": TransformerConfig}
+    failures = [
+        doctest.DocTestRunner(verbose=False).run(test).failed
+        for test in doctest.DocTestFinder().find(module, extraglobs=names)
+    ]
+    assert not any(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["copy", "reverse"])
+@pytest.mark.parametrize("frontend", ["nnx", "equinox"])
+def test_the_readmes_options_learn_every_held_out_sequence(task, frontend, tmp_path):
+    (options,) = re.findall(rf"isoformer train --task {task} --frontend \w+ --run \S+ (.*)", PAGES[0].read_text())
+    run = [sys.executable, "-m", "seq2seq.cli"]
+    train = [*run, "train", "--task", task, "--frontend", frontend, "--run", str(tmp_path / "run"), *options.split()]
+    subprocess.run(train, cwd=ROOT, check=True)
+    shown = subprocess.run(
+        [*run, "evaluate", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert re.search(r"sequence accuracy, generated\s*│\s*100\.00%", shown), shown
