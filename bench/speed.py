@@ -1,10 +1,10 @@
 """Our attention beside the peers', on the same numbers, in turn."""
 
+import importlib
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,17 +43,10 @@ def attention_times(length: int) -> dict[str, dict[str, float]]:
 def _jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
 
-    def equinox_attention(q, k, v):  # what eqx.nn.MultiheadAttention does between its projections
-        def one(q, k, v):
-            return eqx.nn._attention.dot_product_attention(q, k, v, mask=mask[0, 0])
-
-        return jax.vmap(jax.vmap(one, in_axes=1, out_axes=1))(q, k, v)
-
     functions = {
         "isoformer": lambda q, k, v: dot_product_attention(q, k, v, causal=True),
         "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
         "flax.nnx": lambda q, k, v: nnx.dot_product_attention(q, k, v, mask=mask),
-        "equinox": equinox_attention,
     }
     return {
         name: (jnp.asarray, jax.jit(function), jax.jit(_with_gradient(function)))
@@ -68,10 +61,10 @@ def _with_gradient(function: Attention) -> Attention:
 def _torch_contenders() -> dict[str, tuple[Callable, Attention, Attention]]:
     """PyTorch's fused kernel, where the torch extra is installed; with as many threads as XLA has."""
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ModuleNotFoundError:
         return {}
-    from torch.nn.functional import scaled_dot_product_attention
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
 
     def convert(array):  # PyTorch wants heads before positions
         return torch.from_numpy(array.swapaxes(1, 2).copy()).requires_grad_()
@@ -81,8 +74,7 @@ def _torch_contenders() -> dict[str, tuple[Callable, Attention, Attention]]:
             return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).numpy()
 
     def both(q, k, v):
-        q.grad = k.grad = v.grad = None
-        scaled_dot_product_attention(q, k, v, is_causal=True).square().sum().backward()
-        return q.grad.numpy()
+        loss = scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+        return [gradient.numpy() for gradient in torch.autograd.grad(loss, (q, k, v))]
 
     return {"torch": (convert, forward, both)}

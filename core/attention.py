@@ -9,11 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.layers import dropout, wide_dtype
 
-Offset = int | Int[Array, "*B"]
+Offset = int | Integer[Array, "..."]
 Window = tuple[int, int]
 IMPLEMENTATIONS = ("materialised",)
 _FARTHEST = 2**31 - 1  # positions are int32
@@ -174,7 +174,7 @@ def allowed_keys(
     return allowed
 
 
-def _keys_ahead(shape: tuple[int, ...], q_offset: Offset | None) -> Int[Array, "..."]:
+def _keys_ahead(shape: tuple[int, ...], q_offset: Offset | None) -> Integer[Array, "..."]:
     """How far each key's position lies ahead of each query's, rank of the logits."""
     *batch, _, queries, keys = shape
     if q_offset is None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from core.attention import dot_product_attention
 from core.layers import known_values
@@ -21,7 +21,7 @@ class KVCache(NamedTuple):
     """Slots for S tokens a row, the first `length` of them filled; rows may differ in length."""
 
     keys_values: KeysValues
-    length: Int[Array, "*B"]
+    length: Integer[Array, "*B"]
 
 
 class DecoderCache(NamedTuple):
@@ -30,7 +30,7 @@ class DecoderCache(NamedTuple):
     attention: tuple[KeysValues, ...]  # by layer, S = capacity
     memory: tuple[KeysValues, ...]  # by layer, S = source length; empty without cross-attention
     memory_mask: Bool[Array, "*B 1 1 S"] | None
-    length: Int[Array, "*B"]  # tokens so far, the same for all layers
+    length: Integer[Array, "*B"]  # tokens so far, the same for all layers
 
 
 def empty_keys_values(batch: tuple[int, ...], capacity: int, heads: int, width: int, dtype) -> KeysValues:
@@ -44,6 +44,13 @@ def append(cache: KVCache, k: Float[Array, "*B T K H"], v: Float[Array, "*B T K 
 
     Under jit an overflow cannot raise: nothing is overwritten, `length` tells, and attention gives NaN.
     """
+    for name, new, slots in (("k", k, cache.keys_values.k), ("v", v, cache.keys_values.v)):
+        others = [(*array.shape[:-3], *array.shape[-2:]) for array in (new, slots)]
+        if others[0] != others[1] or new.dtype != slots.dtype:
+            raise ValueError(
+                f"{name} must fit the cache in all but its length, got {new.dtype}{list(new.shape)} "
+                f"for a cache of {slots.dtype}{list(slots.shape)}"
+            )
     capacity, added = cache.keys_values.k.shape[-3], k.shape[-3]
     length = cache.length
     known = known_values(length)
@@ -56,7 +63,7 @@ def append(cache: KVCache, k: Float[Array, "*B T K H"], v: Float[Array, "*B T K 
 
     def write(slots: Array, new: Array, start: Array) -> Array:
         index = start + jnp.arange(added, dtype=start.dtype)
-        return slots.at[index].set(new.astype(slots.dtype), mode="drop", unique_indices=True)
+        return slots.at[index].set(new, mode="drop", unique_indices=True)
 
     for _ in length.shape:
         write = jax.vmap(write)

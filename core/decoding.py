@@ -6,19 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from core.layers import known_values
 
-Step = Callable[[Int[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
+Step = Callable[[Integer[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
 PAD, BOS, EOS = 0, 1, 2
 """The ids of padding, beginning and end that are assumed unless others are given."""
 
 
 def greedy(
-    step: Step, tokens: Int[Array, "*B"], cache: Any, *, max_length: int, eos_id: int = EOS, pad_id: int = PAD
-) -> Int[Array, "*B L"]:
+    step: Step, tokens: Integer[Array, "*B"], cache: Any, *, max_length: int, eos_id: int = EOS, pad_id: int = PAD
+) -> Integer[Array, "*B L"]:
     """The likeliest token each time, ties to the lowest id, L = max_length tokens a row.
 
     `tokens` is the last token of each row, not yet fed. A row ends with `eos_id`, padding follows; the loop
@@ -41,11 +41,13 @@ def greedy(
         return index + 1, chosen, ended | (chosen == eos_id), out, cache
 
     out = jnp.full((*tokens.shape, max_length), pad_id, jnp.int32)
+    if max_length == 0:
+        return out
     start = (jnp.int32(0), tokens.astype(jnp.int32), jnp.zeros(tokens.shape, bool), out, cache)
     return jax.lax.while_loop(unfinished, extend, start)[3]
 
 
-def prompt_lengths(mask: Bool[Array, "*B T"] | None, prompt: Int[Array, "*B T"]) -> Int[Array, "*B"]:
+def prompt_lengths(mask: Bool[Array, "*B T"] | None, prompt: Integer[Array, "*B T"]) -> Integer[Array, "*B"]:
     """Real tokens in each row of a prompt; they come first, and there is at least one.
 
     ValueError where the mask is known and says otherwise.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import Activation, NormOrder, check_rate
 
@@ -83,14 +83,14 @@ def site_keys(key: PRNGKeyArray | None, number: int) -> list[PRNGKeyArray] | lis
     return [None] * number if key is None else [jax.random.fold_in(key, i) for i in range(number)]
 
 
-def embed(tokens: Int[Array, "*B"], embedding: Float[Array, "V D"], *, scale: float = 1.0) -> Float[Array, "*B D"]:
+def embed(tokens: Integer[Array, "*B"], embedding: Float[Array, "V D"], *, scale: float = 1.0) -> Float[Array, "*B D"]:
     """Row `tokens` of the table, times scale. A token outside [0, V) raises, and gives NaN under jit."""
     check_tokens(tokens, embedding.shape[0])
     rows = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return rows if scale == 1 else rows * scale
 
 
-def check_tokens(tokens: Int[Array, "*B"], vocab_size: int, name: str = "tokens") -> None:
+def check_tokens(tokens: Integer[Array, "*B"], vocab_size: int, name: str = "tokens") -> None:
     """TypeError unless they are integers; ValueError where their values are known and out of range."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {tokens.dtype}")

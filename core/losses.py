@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from core.layers import check_tokens, wide_dtype
 
@@ -12,10 +12,10 @@ from core.layers import check_tokens, wide_dtype
 class Batch(NamedTuple):
     """Teacher forcing: `inputs` begins with BOS, `labels` is the same shifted left and ends with EOS."""
 
-    source: Int[Array, "*B S"]
+    source: Integer[Array, "*B S"]
     source_mask: Bool[Array, "*B S"]
-    inputs: Int[Array, "*B T"]
-    labels: Int[Array, "*B T"]
+    inputs: Integer[Array, "*B T"]
+    labels: Integer[Array, "*B T"]
     target_mask: Bool[Array, "*B T"]  # True where there is a label to predict
 
 
@@ -35,7 +35,7 @@ def weighted_mean(values: Float[Array, "*B"], weights: Float[Array, "*B"]) -> Fl
 
 
 def token_cross_entropy(
-    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, label_smoothing: float = 0.0
+    logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, label_smoothing: float = 0.0
 ) -> Float[Array, "*B"]:
     """-sum_v target_v log softmax(logits)_v in nats, target = (1 - s) one_hot(label) + s / V.
 
@@ -45,7 +45,7 @@ def token_cross_entropy(
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    vocab = logits.shape[-1]
+    vocab, labels = logits.shape[-1], labels.astype(jnp.int32)
     logits = logits.astype(wide_dtype(logits))
     known = (labels >= 0) & (labels < vocab)
     index = jnp.where(known, labels, 0)[..., None]
@@ -58,24 +58,25 @@ def token_cross_entropy(
 
 def cross_entropy(
     logits: Float[Array, "*B V"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     weights: Float[Array, "*B"] | None = None,
     label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """The mean of `token_cross_entropy` over the tokens with weight; 0 if there are none.
 
-    Where weights are not given, a label out of range raises where it is known.
+    A label out of range raises where it is known and has weight. Logits without weight may be NaN.
     """
+    if weights is not None:
+        unused = weights == 0
+        logits, labels = jnp.where(unused[..., None], 0.0, logits), jnp.where(unused, 0, labels)
+    check_tokens(labels, logits.shape[-1], "labels")
     losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if weights is None:
-        check_tokens(labels, logits.shape[-1], "labels")
-        weights = jnp.ones_like(losses)
-    return weighted_mean(losses, weights.astype(losses.dtype))
+    return weighted_mean(losses, jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype))
 
 
 def accuracy(
-    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
+    logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)

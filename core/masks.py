@@ -43,6 +43,11 @@ def combine(*masks: Bool[Array, "..."] | None) -> Bool[Array, "..."] | None:
             continue
         if mask.dtype != jnp.bool_:
             raise TypeError(f"masks must be bool, True where a query may attend, got {mask.dtype}")
+        if mask.ndim < 3:
+            raise ValueError(
+                f"masks must end in the axes N, T, S of the logits, got {mask.shape}; "
+                "padding_mask makes one from [*B, S]"
+            )
         if combined is None:
             combined = mask
         else:

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from core.config import Positions
 from core.layers import embed, wide_dtype
@@ -19,7 +19,7 @@ from core.layers import embed, wide_dtype
 _TWO_PI = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
-def position_ids(x: Float[Array, "*B T D"], offset: Int[Array, "*B"] | None = None) -> Int[Array, "..."]:
+def position_ids(x: Float[Array, "*B T D"], offset: Integer[Array, "*B"] | None = None) -> Integer[Array, "..."]:
     """The positions `[*B, T]` of a chunk that starts at `offset` in each row, or at 0."""
     batch, length = x.shape[:-2], x.shape[-2]
     ids = jnp.arange(length, dtype=jnp.int32).reshape((1,) * len(batch) + (length,))
@@ -37,10 +37,12 @@ def sinusoidal_table(length: int, d_model: int) -> Float[Array, "L D"]:
     return sinusoidal(jnp.arange(length, dtype=jnp.int32), d_model)
 
 
-def sinusoidal(positions: Int[Array, "*B"], d_model: int, dtype=jnp.float32) -> Float[Array, "*B D"]:
+def sinusoidal(positions: Integer[Array, "*B"], d_model: int, dtype=jnp.float32) -> Float[Array, "*B D"]:
     """The rows of the sinusoidal table at any positions, traced ones too."""
-    sin, cos = sin_cos(positions, inverse_frequencies(d_model + d_model % 2, 10_000.0), dtype)
-    return jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, -1)[..., :d_model]
+    even = d_model + d_model % 2
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    sin, cos = sin_cos(positions, inverse_frequencies(even, 10_000.0), wide)
+    return jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, even)[..., :d_model].astype(dtype)
 
 
 def add_positions(
@@ -48,35 +50,33 @@ def add_positions(
     *,
     kind: Positions,
     embedding: Float[Array, "L D"] | None = None,
-    offset: Int[Array, "*B"] | None = None,
+    offset: Integer[Array, "*B"] | None = None,
 ) -> Float[Array, "*B T D"]:
     """x plus its absolute encoding, sinusoidal or learned; other kinds act elsewhere and leave x as it is.
 
     A position beyond a learned table raises, and gives NaN under jit.
     """
     if kind == "sinusoidal":
-        dtype = wide_dtype(x)
-        return x + sinusoidal(position_ids(x, offset), x.shape[-1], dtype).astype(x.dtype)
+        return x + sinusoidal(position_ids(x, offset), x.shape[-1], x.dtype)
     if kind == "learned":
         if embedding is None:
             raise ValueError("learned positions need their embedding table, got none")
+        if x.shape[-2] > embedding.shape[0]:
+            raise ValueError(
+                f"a learned table of max_length={embedding.shape[0]} has no position for {x.shape[-2]} tokens; "
+                "shorten the input or raise max_length"
+            )
         return x + learned(position_ids(x, offset), embedding).astype(x.dtype)
     return x
 
 
-def learned(positions: Int[Array, "*B"], embedding: Float[Array, "L D"]) -> Float[Array, "*B D"]:
-    """Rows of a learned table."""
-    length = positions.shape[-1] if positions.ndim else 1
-    if length > embedding.shape[0]:
-        raise ValueError(
-            f"a learned table of max_length={embedding.shape[0]} has no position for {length} tokens; "
-            "shorten the input or raise max_length"
-        )
+def learned(positions: Integer[Array, "*B"], embedding: Float[Array, "L D"]) -> Float[Array, "*B D"]:
+    """Rows of a learned table. A position that it lacks raises, and gives NaN under jit."""
     return embed(positions, embedding)
 
 
 def rotary(
-    x: Float[Array, "*B T N H"], positions: Int[Array, "..."], *, theta: float = 10_000.0
+    x: Float[Array, "*B T N H"], positions: Integer[Array, "..."], *, theta: float = 10_000.0
 ) -> Float[Array, "*B T N H"]:
     """Rotates the pair (x_i, x_(i + H/2)) by position * theta^(-2i/H) (Su et al. 2021, half-split layout).
 
@@ -98,29 +98,41 @@ def inverse_frequencies(width: int, theta: float) -> tuple[float, ...]:
 
 
 def sin_cos(
-    positions: Int[Array, "*B"], frequencies: tuple[float, ...], dtype=jnp.float32
+    positions: Integer[Array, "*B"], frequencies: tuple[float, ...], dtype=jnp.float32
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
-    """sin and cos of position times frequency, within 2^-23 for any int32 position (2^-45 in float64)."""
+    """sin and cos of position times frequency, within 2^-23 for any int32 position (2^-45 in float64).
+
+    `dtype` is float32 or float64.
+    """
     bits = 8 * jnp.dtype(dtype).itemsize
     unsigned, signed = (jnp.uint64, jnp.int64) if bits == 64 else (jnp.uint32, jnp.int32)
-    whole, rest = _turns(frequencies, bits)
-    rank = (1,) * positions.ndim + (-1,)
-    phase = positions[..., None].astype(unsigned) * jnp.asarray(whole, unsigned).reshape(rank)
+    # p f = p whole + (p mod 2^16) rest + (p div 2^16) (high + low), where whole and high are integers, so that
+    # what is left to floating point stays below 2^16 units of the last place
+    whole, rest, high, low = _turns(frequencies, bits)
+    rank = (1,) * positions.ndim + (len(frequencies),)
+    positions = positions[..., None].astype(jnp.int32)
+    upper, lower = positions >> 16, positions & 0xFFFF
+    phase = positions.astype(unsigned) * jnp.asarray(whole, unsigned).reshape(rank)
+    phase = phase + upper.astype(unsigned) * jnp.asarray(high, unsigned).reshape(rank)
     quadrant = (phase + unsigned(1 << (bits - 3))) >> unsigned(bits - 2)
     from_quadrant = (phase - (quadrant << unsigned(bits - 2))).astype(signed).astype(dtype)
-    # what the whole part leaves out, at most half a unit of the last place for each position
-    remainder = positions[..., None].astype(dtype) * jnp.asarray(rest, dtype).reshape(rank)
+    remainder = lower.astype(dtype) * jnp.asarray(rest, dtype).reshape(rank)
+    remainder = remainder + upper.astype(dtype) * jnp.asarray(low, dtype).reshape(rank)
     angle = (from_quadrant + remainder) * (2 * math.pi / 2.0**bits)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    odd, upper = (quadrant & unsigned(1)) == 1, (quadrant & unsigned(2)) == 2
+    odd, negative = (quadrant & unsigned(1)) == 1, (quadrant & unsigned(2)) == 2
     sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, -sin, cos)
-    return jnp.where(upper, -sin, sin), jnp.where(upper, -cos, cos)
+    return jnp.where(negative, -sin, sin), jnp.where(negative, -cos, cos)
 
 
 @functools.cache
-def _turns(frequencies: tuple[float, ...], bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each frequency in turns times 2^bits, as the nearest integer (mod 2^bits) and what is left."""
+def _turns(frequencies: tuple[float, ...], bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each frequency in units of 2^-bits turns: whole + rest, and 2^16 rest as high + low; |rest|, |low| <= 1/2."""
     exact = [Fraction(frequency) / _TWO_PI * 2**bits for frequency in frequencies]
-    whole = [round(turns) for turns in exact]
-    rest = [float(turns - w) for turns, w in zip(exact, whole, strict=True)]
-    return np.array([w % 2**bits for w in whole], np.uint64), np.array(rest)
+    whole = [round(units) for units in exact]
+    rest = [units - w for units, w in zip(exact, whole, strict=True)]
+    high = [round(2**16 * r) for r in rest]
+    low = [2**16 * r - h for r, h in zip(rest, high, strict=True)]
+    integers = [np.array([w % 2**bits for w in words], np.uint64) for words in (whole, high)]
+    fractions = [np.array(list(map(float, parts))) for parts in (rest, low)]
+    return integers[0], fractions[0], integers[1], fractions[1]

@@ -1,7 +1,6 @@
 """Weights as a flat {dotted name: array}, in a safetensors file that either frontend reads."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax import dtypes
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 
-def save(path: str | os.PathLike, weights: Mapping[str, Array]) -> None:
+def save(path: str | os.PathLike, weights: Mapping[str, ArrayLike]) -> None:
     """Writes all or nothing: a file that was there stays whole until the new one is on the disk."""
+    if "__metadata__" in weights:
+        raise ValueError("the name __metadata__ belongs to the safetensors format; give the array another")
     path = Path(path)
     # the writer stores a buffer as it lies and ignores strides: a transposed view would be written wrongly
     data = safetensors.numpy.save({name: np.array(value, order="C") for name, value in weights.items()})
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)  # the new name, too, must be on the disk
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def load(path: str | os.PathLike) -> dict[str, Array]:
@@ -36,6 +45,12 @@ def load(path: str | os.PathLike) -> dict[str, Array]:
         tensors = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from None
+    narrowed = [name for name, tensor in tensors.items() if dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype]
+    if narrowed:
+        raise ValueError(
+            f"{os.fspath(path)} holds 64 bit numbers, as {narrowed[0]}: "
+            "they need jax.config.update('jax_enable_x64', True) first"
+        )
     return {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
 
 

@@ -6,7 +6,7 @@ tree, such as the norm that gradients are clipped by, then agree in bits.
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import Positions, TransformerConfig, check_rate
 from core.layers import (
@@ -96,7 +96,7 @@ class Embedding(eqx.Module):
         self.embedding = embedding_init(table_key, (vocab_size, features), jnp.dtype(param_dtype))
         self.scale = scale
 
-    def __call__(self, tokens: Int[Array, "*B"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
+    def __call__(self, tokens: Integer[Array, "*B"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
         return embed(tokens, self.embedding, scale=self.scale)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -131,7 +131,7 @@ class PositionEmbedding(eqx.Module):
             self.embedding = embedding_init(table_key, shape, jnp.dtype(config.param_dtype))
 
     def __call__(
-        self, x: Float[Array, "*B T D"], *, offset: Int[Array, "*B"] | None = None, key: PRNGKeyArray | None = None
+        self, x: Float[Array, "*B T D"], *, offset: Integer[Array, "*B"] | None = None, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*B T D"]:
         return add_positions(x, kind=self.kind, embedding=self.embedding, offset=offset)
 

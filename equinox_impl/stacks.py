@@ -2,7 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
 from core.config import TransformerConfig
@@ -126,7 +126,7 @@ class Decoder(eqx.Module):
         return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32))
 
     def step(
-        self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Int[Array, "*B"] | None = None
+        self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Integer[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
         """The output at T more tokens, of which the first `count` of each row are real."""
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), offset=cache.length)

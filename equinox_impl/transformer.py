@@ -5,7 +5,7 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache
 from core.config import TransformerConfig
@@ -49,8 +49,8 @@ class Transformer(eqx.Module):
 
     def __call__(
         self,
-        source: Int[Array, "*B S"],
-        target: Int[Array, "*B T"],
+        source: Integer[Array, "*B S"],
+        target: Integer[Array, "*B T"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         target_mask: Bool[Array, "*B T"] | None = None,
@@ -61,8 +61,8 @@ class Transformer(eqx.Module):
 
     def run(
         self,
-        source: Int[Array, "*B S"],
-        target: Int[Array, "*B T"],
+        source: Integer[Array, "*B S"],
+        target: Integer[Array, "*B T"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         target_mask: Bool[Array, "*B T"] | None = None,
@@ -87,32 +87,32 @@ class Transformer(eqx.Module):
         return self.logits(x), weights | {f"decoder.{name}": value for name, value in decoder.items()}
 
     def encode(
-        self, source: Int[Array, "*B S"], *, source_mask: Bool[Array, "*B S"] | None = None
+        self, source: Integer[Array, "*B S"], *, source_mask: Bool[Array, "*B S"] | None = None
     ) -> Float[Array, "*B S D"]:
         """The memory of a source, for use in evaluation."""
         return self.encoder(self.embed_source(source), mask=padding_mask(source_mask, source.shape))
 
     def start(
         self,
-        source: Int[Array, "*B S"],
+        source: Integer[Array, "*B S"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         max_length: int,
         bos_id: int = BOS,
-    ) -> tuple[Int[Array, "*B"], DecoderCache]:
+    ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: each row's first token, and the cache that holds its source."""
         memory, mask = self.encode(source, source_mask=source_mask), padding_mask(source_mask, source.shape)
         cache = self.decoder.init_cache(source.shape[:-1], max_length, memory, memory_mask=mask)
         return jnp.full(source.shape[:-1], bos_id, jnp.int32), cache
 
     def decode_step(
-        self, tokens: Int[Array, "*B T"], cache: DecoderCache
+        self, tokens: Integer[Array, "*B T"], cache: DecoderCache
     ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
         """Logits after each of T more tokens, and the grown cache."""
         x, cache = self.decoder.step(self.target_embedding(tokens), cache)
         return self.logits(x), cache
 
-    def embed_source(self, source: Int[Array, "*B S"]) -> Float[Array, "*B S D"]:
+    def embed_source(self, source: Integer[Array, "*B S"]) -> Float[Array, "*B S D"]:
         """Vectors of the source tokens, from the joint table if there is one."""
         return self.target_embedding(source) if self.source_embedding is None else self.source_embedding(source)
 
@@ -141,7 +141,7 @@ class EncoderOnlyTransformer(eqx.Module):
 
     def __call__(
         self,
-        source: Int[Array, "*B S"],
+        source: Integer[Array, "*B S"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -151,7 +151,7 @@ class EncoderOnlyTransformer(eqx.Module):
 
     def run(
         self,
-        source: Int[Array, "*B S"],
+        source: Integer[Array, "*B S"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         return_weights: bool = False,
@@ -187,7 +187,7 @@ class DecoderOnlyTransformer(eqx.Module):
 
     def __call__(
         self,
-        target: Int[Array, "*B T"],
+        target: Integer[Array, "*B T"],
         *,
         target_mask: Bool[Array, "*B T"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -197,7 +197,7 @@ class DecoderOnlyTransformer(eqx.Module):
 
     def run(
         self,
-        target: Int[Array, "*B T"],
+        target: Integer[Array, "*B T"],
         *,
         target_mask: Bool[Array, "*B T"] | None = None,
         return_weights: bool = False,
@@ -210,12 +210,12 @@ class DecoderOnlyTransformer(eqx.Module):
 
     def start(
         self,
-        source: Int[Array, "*B T"],
+        source: Integer[Array, "*B T"],
         *,
         source_mask: Bool[Array, "*B T"] | None = None,
         max_length: int,
         bos_id: int = BOS,
-    ) -> tuple[Int[Array, "*B"], DecoderCache]:
+    ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: the prompt's last token, and the cache of those before it.
 
         Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair.
@@ -226,7 +226,7 @@ class DecoderOnlyTransformer(eqx.Module):
         return jnp.take_along_axis(source, lengths[..., None] - 1, axis=-1)[..., 0], cache
 
     def decode_step(
-        self, tokens: Int[Array, "*B T"], cache: DecoderCache
+        self, tokens: Integer[Array, "*B T"], cache: DecoderCache
     ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
         """Logits after each of T more tokens, and the grown cache."""
         x, cache = self.decoder.step(self.embedding(tokens), cache)

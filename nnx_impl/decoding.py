@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from core.decoding import BOS, EOS, PAD, greedy, prompt_lengths
 from core.layers import check_tokens
@@ -19,14 +19,14 @@ def evaluation(model: Model) -> Model:
 
 def generate(
     model: Transformer | DecoderOnlyTransformer,
-    source: Int[Array, "*B S"],
+    source: Integer[Array, "*B S"],
     *,
     source_mask: Bool[Array, "*B S"] | None = None,
     max_length: int,
     bos_id: int = BOS,
     eos_id: int = EOS,
     pad_id: int = PAD,
-) -> Int[Array, "*B L"]:
+) -> Integer[Array, "*B L"]:
     """The likeliest next token, again and again: L = max_length tokens a row, `eos_id`, then padding.
 
     A decoder-only model continues the prompt `source`, whose rows have their real tokens first. Dropout is off.

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import Positions, TransformerConfig, check_rate
 from core.layers import dropout, dropout_key, embed, embedding_init, kernel_init, layer_norm, linear, rms_norm, unembed
@@ -86,7 +86,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(table, **sharded("vocab", "embed"))
         self.scale = scale
 
-    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    def __call__(self, tokens: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
         return embed(tokens, self.embedding[...], scale=self.scale)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -115,7 +115,9 @@ class PositionEmbedding(nnx.Module):
             shape = (config.max_length, config.d_model)
             self.embedding = nnx.Param(embedding_init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
 
-    def __call__(self, x: Float[Array, "*B T D"], *, offset: Int[Array, "*B"] | None = None) -> Float[Array, "*B T D"]:
+    def __call__(
+        self, x: Float[Array, "*B T D"], *, offset: Integer[Array, "*B"] | None = None
+    ) -> Float[Array, "*B T D"]:
         table = None if self.embedding is None else self.embedding[...]
         return add_positions(x, kind=self.kind, embedding=table, offset=offset)
 
