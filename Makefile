@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := .venv-torch
 
-.PHONY: compare test test-slow test-torch lint format types check bench hooks lock clean
+.PHONY: compare test test-slow test-install test-torch lint format types check bench hooks lock clean
 
 compare: $(READY)
 	$(BIN)/isoformer compare
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-install: $(READY)
+	$(BIN)/python -m pytest -m install
 
 test-torch: $(TORCH)/.ready
 	$(TORCH)/bin/python -m pytest -m torch

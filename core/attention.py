@@ -84,9 +84,7 @@ def attention_with_weights(
     _check_values(q, k, v)
     allowed = allowed_keys(q, k, mask=mask, bias=bias, causal=causal, q_offset=q_offset, window=window)
     k, v = _without_unseen(k, allowed), _without_unseen(v, allowed)
-    weights = attention_weights(
-        q, k, mask=mask, bias=bias, causal=causal, q_offset=q_offset, window=window, scale=scale
-    )
+    weights = _softmax(_without_unseeing(q, allowed), k, allowed, bias, scale)
     dropped = dropout(weights, dropout_rate, key=dropout_key)
     return weighted_values(dropped, v), weights
 
@@ -104,6 +102,11 @@ def attention_weights(
 ) -> Float[Array, "*B N T S"]:
     """softmax(scale * q k^T + bias) over the allowed keys; a row without any is exactly 0."""
     allowed = allowed_keys(q, k, mask=mask, bias=bias, causal=causal, q_offset=q_offset, window=window)
+    k = _without_unseen(k, allowed)
+    return _softmax(_without_unseeing(q, allowed), k, allowed, bias, scale)
+
+
+def _softmax(q: Array, k: Array, allowed: Array | None, bias: Array | None, scale: float | None) -> Array:
     dtype = wide_dtype(q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     # q is scaled before the product, so that large finite inputs do not overflow on the way
@@ -206,6 +209,13 @@ def _without_unseen(x: Float[Array, "*B S K H"], allowed: Bool[Array, "..."] | N
         *batch, heads, keys = seen.shape
         seen = seen.reshape(*batch, x.shape[-2], heads // x.shape[-2], keys).any(axis=-2)
     return jnp.where(seen.swapaxes(-1, -2)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def _without_unseeing(q: Float[Array, "*B T N H"], allowed: Bool[Array, "..."] | None) -> Float[Array, "*B T N H"]:
+    """q with 0 at the queries that may see no key: their gradients are 0, whatever they hold."""
+    if allowed is None:
+        return q
+    return jnp.where(allowed.any(axis=-1).swapaxes(-1, -2)[..., None], q, jnp.zeros((), q.dtype))
 
 
 def _check_queries(q: Array, k: Array) -> None:

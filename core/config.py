@@ -16,7 +16,8 @@ FloatType = Literal["float32", "bfloat16", "float16", "float64"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Every choice that shapes a model. The defaults are the base model of Vaswani et al. (2017).
+    """Every choice that shapes a model. The defaults are the base model of Vaswani et al. (2017), but for
+    `tie_embeddings`: the paper's "all" needs one vocabulary for both sides.
 
     Encoder-only models read `source_vocab_size`, decoder-only models `target_vocab_size`;
     the encoder-decoder needs both. Raises ValueError naming the rule, the value and the remedy.
@@ -33,7 +34,7 @@ class TransformerConfig:
     d_ff: int = 2048
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
-    max_length: int = 1024  # rows of a learned position table, and a decoding cache's default capacity
+    max_length: int = 1024  # rows of a learned position table; other positions know no end
     dropout_rate: float = 0.1  # on embeddings and on each sublayer's output
     attention_dropout_rate: float = 0.0  # on attention weights
     activation: Activation = "relu"  # gelu is the exact one

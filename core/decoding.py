@@ -47,6 +47,15 @@ def greedy(
     return jax.lax.while_loop(unfinished, extend, start)[3]
 
 
+def check_generation(vocab_size: int, *, max_length: int, **ids: int) -> None:
+    """ValueError unless max_length >= 0 and the ids of special tokens lie in the vocabulary."""
+    if max_length < 0:
+        raise ValueError(f"max_length must be at least 0, got {max_length}")
+    for name, value in ids.items():
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{name} must lie in the target vocabulary [0, {vocab_size}), got {value}")
+
+
 def prompt_lengths(mask: Bool[Array, "*B T"] | None, prompt: Integer[Array, "*B T"]) -> Integer[Array, "*B"]:
     """Real tokens in each row of a prompt; they come first, and there is at least one.
 

@@ -69,7 +69,7 @@ def dropout_key(key: PRNGKeyArray | None, *, rate: float, deterministic: bool) -
     if key is None:
         raise ValueError(
             f"dropout at rate {rate} in training mode needs a key, got none; "
-            "give one at the call, or switch the model to evaluation"
+            "give rngs= (NNX) or key= (Equinox) at the call, or switch dropout off with evaluation(model)"
         )
     return key
 

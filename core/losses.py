@@ -67,6 +67,7 @@ def cross_entropy(
 
     A label out of range raises where it is known and has weight. Logits without weight may be NaN.
     """
+    _check_shapes(logits, labels, weights)
     if weights is not None:
         unused = weights == 0
         logits, labels = jnp.where(unused[..., None], 0.0, logits), jnp.where(unused, 0, labels)
@@ -79,8 +80,18 @@ def accuracy(
     logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
+    _check_shapes(logits, labels, weights)
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
+
+
+def _check_shapes(logits: Array, labels: Array, weights: Array | None) -> None:
+    for name, array in (("labels", labels), ("weights", weights)):
+        if array is not None and array.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{name} must have the shape of the logits without the vocabulary, {logits.shape[:-1]}, "
+                f"got {array.shape}"
+            )
 
 
 def sequence_metrics(logits: Float[Array, "*B T V"], batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:

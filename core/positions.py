@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from core.config import Positions
-from core.layers import embed, wide_dtype
+from core.layers import check_tokens, embed, wide_dtype
 
 _TWO_PI = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -72,6 +72,7 @@ def add_positions(
 
 def learned(positions: Integer[Array, "*B"], embedding: Float[Array, "L D"]) -> Float[Array, "*B D"]:
     """Rows of a learned table. A position that it lacks raises, and gives NaN under jit."""
+    check_tokens(positions, embedding.shape[0], "positions")
     return embed(positions, embedding)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax import dtypes
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -52,6 +53,11 @@ def load(path: str | os.PathLike) -> dict[str, Array]:
             "they need jax.config.update('jax_enable_x64', True) first"
         )
     return {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+
+
+def owned(array: ArrayLike) -> Array:
+    """An array that nobody else holds: train steps give their buffers away, and the caller's must stay."""
+    return array if isinstance(array, Tracer) else jnp.array(array)
 
 
 def check_weights(weights: Mapping[str, Array], expected: Mapping[str, Any]) -> None:

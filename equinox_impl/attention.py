@@ -62,6 +62,8 @@ class MultiHeadAttention(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*B T D"], KVCache | Float[Array, "*B N T S"] | None]:
         """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`."""
+        if cache is not None and (memory is not None or mask is not None or return_weights):
+            raise ValueError("attention with a cache is causal self-attention: memory, mask and weights go without")
         q = split_heads(self.q_proj(x), self.config.num_heads)
         k, v = memory if isinstance(memory, KeysValues) else self.keys_values(x if memory is None else memory)
         if self.config.positions == "rotary" and memory is None:

@@ -114,6 +114,11 @@ class Decoder(eqx.Module):
         memory_mask: Bool[Array, "*B 1 1 S"] | None = None,
     ) -> DecoderCache:
         """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once."""
+        if self.config.positions == "learned" and capacity > self.config.max_length:
+            raise ValueError(
+                f"learned positions end at max_length={self.config.max_length}, the cache was to hold {capacity}; "
+                "generate less or raise max_length in the configuration"
+            )
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         slots = [empty_keys_values(batch, capacity, config.kv_heads, config.head_dim, dtype) for _ in self.blocks]
         projected = (

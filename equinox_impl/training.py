@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -54,12 +55,14 @@ def train_step(
     label_smoothing: float = 0.0,
 ) -> tuple[Transformer, optax.OptState, Metrics]:
     """`update`, jitted; the buffers of the model and of the optimizer's state are reused, so drop the old ones."""
-    return _train_step((batch, key), model, opt_state, tx=tx, label_smoothing=label_smoothing)
+    return _train_step((batch, key, None), model, opt_state, tx=tx, label_smoothing=label_smoothing)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, opt_state, *, tx, label_smoothing):
-    return update(model, opt_state, *kept, tx=tx, label_smoothing=label_smoothing)
+    batch, key, step = kept
+    key = key if step is None else jax.random.fold_in(key, step)
+    return update(model, opt_state, batch, key, tx=tx, label_smoothing=label_smoothing)
 
 
 @eqx.filter_jit
@@ -83,13 +86,9 @@ class Trainer:
 
     def train(self, batch: Batch) -> Metrics:
         """One step; step n drops by fold_in(key(seed), n)."""
-        self.model, self.opt_state, metrics = train_step(
-            self.model,
-            self.opt_state,
-            batch,
-            jax.random.fold_in(self.key, self.step),
-            tx=self.tx,
-            label_smoothing=self.label_smoothing,
+        kept = (batch, self.key, np.uint32(self.step))
+        self.model, self.opt_state, metrics = _train_step(
+            kept, self.model, self.opt_state, tx=self.tx, label_smoothing=self.label_smoothing
         )
         self.step += 1
         return metrics

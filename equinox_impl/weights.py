@@ -5,32 +5,34 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from core.config import TransformerConfig
-from core.weights import check_weights, dotted
+from core.weights import check_weights, dotted, owned
 from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 
 Model = TypeVar("Model", Transformer, EncoderOnlyTransformer, DecoderOnlyTransformer)
 
 
 def to_weights(model: eqx.Module) -> dict[str, Array]:
-    """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`."""
+    """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`.
+
+    They are the model's own arrays: a train step that follows reuses their memory, so save or copy them before.
+    """
     return _params(eqx.filter(model, eqx.is_inexact_array))
 
 
 def from_weights(
     config: TransformerConfig, weights: Mapping[str, Array], *, model_class: type[Model] = Transformer
 ) -> Model:
-    """The model that the configuration describes, with these weights; no random numbers are drawn.
+    """The model that the configuration describes, with a copy of these weights; no random numbers are drawn.
 
     ValueError lists every name that is missing, extra or of another shape or dtype.
     """
     model = eqx.filter_eval_shape(lambda key: model_class(config, key=key), jax.random.key(0))
     params, rest = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     check_weights(weights, _params(params))
-    filled = [jnp.asarray(weights[name]) for name in _params(params)]
+    filled = [owned(weights[name]) for name in _params(params)]
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), filled), rest)
 
 

@@ -9,7 +9,7 @@ from core.attention import attention_with_weights, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
 from core.config import TransformerConfig
 from core.positions import position_ids, rotary
-from nnx_impl.layers import Dropout, Linear, Rngs, sharded
+from nnx_impl.layers import Dropout, Linear, Rngs
 
 
 class MultiHeadAttention(nnx.Module):
@@ -21,14 +21,14 @@ class MultiHeadAttention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=config.attention_bias, param_dtype=config.param_dtype)
-        inward, outward = sharded("embed", "heads"), sharded("heads", "embed")
+        inward, outward = ("embed", "heads"), ("heads", "embed")
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         self.config = config
         self.dropout = Dropout(config.attention_dropout_rate)
-        self.k_proj = linear(config.d_model, kv_width, kernel_metadata=inward, rngs=rngs.fork())
-        self.o_proj = linear(width, config.d_model, kernel_metadata=outward, rngs=rngs.fork())
-        self.q_proj = linear(config.d_model, width, kernel_metadata=inward, rngs=rngs.fork())
-        self.v_proj = linear(config.d_model, kv_width, kernel_metadata=inward, rngs=rngs.fork())
+        self.k_proj = linear(config.d_model, kv_width, axes=inward, rngs=rngs.fork())
+        self.o_proj = linear(width, config.d_model, axes=outward, rngs=rngs.fork())
+        self.q_proj = linear(config.d_model, width, axes=inward, rngs=rngs.fork())
+        self.v_proj = linear(config.d_model, kv_width, axes=inward, rngs=rngs.fork())
 
     def __call__(
         self,
@@ -54,6 +54,8 @@ class MultiHeadAttention(nnx.Module):
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T D"], KVCache | Float[Array, "*B N T S"] | None]:
         """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`."""
+        if cache is not None and (memory is not None or mask is not None or return_weights):
+            raise ValueError("attention with a cache is causal self-attention: memory, mask and weights go without")
         q = split_heads(self.q_proj(x), self.config.num_heads)
         k, v = memory if isinstance(memory, KeysValues) else self.keys_values(x if memory is None else memory)
         if self.config.positions == "rotary" and memory is None:

@@ -10,7 +10,7 @@ from core.cache import KeysValues, KVCache
 from core.config import Activation, NormOrder, TransformerConfig
 from core.layers import feed_forward, residual, site_keys
 from nnx_impl.attention import MultiHeadAttention
-from nnx_impl.layers import Dropout, Linear, Rngs, call_key, norm_layer, sharded
+from nnx_impl.layers import Dropout, Linear, Rngs, call_key, norm_layer
 
 
 class FeedForward(nnx.Module):
@@ -18,13 +18,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=config.feed_forward_bias, param_dtype=config.param_dtype)
-        inward, outward = sharded("embed", "mlp"), sharded("mlp", "embed")
+        inward, outward = ("embed", "mlp"), ("mlp", "embed")
         self.activation: Activation = config.activation
-        self.down_proj = linear(config.d_ff, config.d_model, kernel_metadata=outward, rngs=rngs.fork())
+        self.down_proj = linear(config.d_ff, config.d_model, axes=outward, rngs=rngs.fork())
         self.gate_proj = nnx.data(None)
         if config.activation == "swiglu":
-            self.gate_proj = linear(config.d_model, config.d_ff, kernel_metadata=inward, rngs=rngs.fork())
-        self.up_proj = linear(config.d_model, config.d_ff, kernel_metadata=inward, rngs=rngs.fork())
+            self.gate_proj = linear(config.d_model, config.d_ff, axes=inward, rngs=rngs.fork())
+        self.up_proj = linear(config.d_model, config.d_ff, axes=inward, rngs=rngs.fork())
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return feed_forward(x, self.up_proj, self.down_proj, self.gate_proj, activation=self.activation)
@@ -56,7 +56,7 @@ class EncoderBlock(nnx.Module):
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B S D"], dict[str, Any]]:
         """The same, and its attention weights by name if asked for."""
-        keys = site_keys(call_key(rngs), 3)
+        keys = site_keys(call_key(rngs, self.dropout), 3)
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, weights = wrap(
             x,
@@ -115,7 +115,7 @@ class DecoderBlock(nnx.Module):
         """The same, and by name what was asked for besides: the grown cache, or the attention weights."""
         if (memory is None) != (self.cross_attention is None):
             raise ValueError("a decoder block with cross-attention needs a memory, and one without takes none")
-        keys = site_keys(call_key(rngs), 5)
+        keys = site_keys(call_key(rngs, self.dropout), 5)
         wrap = functools.partial(residual, norm_order=self.norm_order)
         x, extra = wrap(
             x,

@@ -5,7 +5,7 @@ from typing import TypeVar
 from flax import nnx
 from jaxtyping import Array, Bool, Integer
 
-from core.decoding import BOS, EOS, PAD, greedy, prompt_lengths
+from core.decoding import BOS, EOS, PAD, check_generation, greedy, prompt_lengths
 from core.layers import check_tokens
 from nnx_impl.transformer import DecoderOnlyTransformer, Transformer
 
@@ -36,12 +36,14 @@ def generate(
     >>> generate(model, jnp.array([[3, 4, 5]]), max_length=4).shape
     (1, 4)
     """
+    ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
+    check_generation(model.config.vocab_size("target"), max_length=max_length, **ids)
     if isinstance(model, DecoderOnlyTransformer):
         check_tokens(source, model.config.vocab_size("target"), "source")
         prompt_lengths(source_mask, source)
     else:
         check_tokens(source, model.config.vocab_size("source"), "source")
-    return _generate(model, source, source_mask, max_length=max_length, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+    return _generate(model, source, source_mask, max_length=int(max_length), **ids)
 
 
 @nnx.jit(static_argnames=("max_length", "bos_id", "eos_id", "pad_id"))

@@ -1,6 +1,5 @@
 """Flax NNX modules that hold the parameters of core's small layers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,15 +13,20 @@ from core.positions import add_positions
 Rngs = nnx.Rngs | nnx.RngStream | PRNGKeyArray
 
 
-def call_key(rngs: Rngs | None) -> PRNGKeyArray | None:
-    """The key of one call: the next one of an NNX stream, or the key given."""
+def call_key(rngs: Rngs | None, dropout: "Dropout") -> PRNGKeyArray | None:
+    """The key of one call: the next one of an NNX stream, or the key given; none where dropout is off."""
+    if dropout.deterministic:
+        return None
     if isinstance(rngs, nnx.Rngs):
         return rngs.dropout()
     return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
 
 def sharded(*axes: str) -> dict[str, Any]:
-    """Metadata that names a parameter's axes, for `nnx.get_partition_spec` and `nnx.logical_axis_rules`."""
+    """Metadata that names a parameter's axes, for `nnx.get_partition_spec` and `nnx.logical_axis_rules`.
+
+    Not eager: a model can be built under a mesh that knows none of these names.
+    """
     return {"out_sharding": axes, "eager_sharding": False}
 
 
@@ -36,12 +40,13 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         param_dtype: str = "float32",
-        kernel_metadata: Mapping[str, Any] = {},
+        axes: tuple[str, str] = ("in", "out"),
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(param_dtype)
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else nnx.data(None)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype), **kernel_metadata)
+        kernel = kernel_init(rngs.params(), (in_features, out_features), dtype)
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype), **sharded(axes[1])) if use_bias else nnx.data(None)
+        self.kernel = nnx.Param(kernel, **sharded(*axes))
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
@@ -51,9 +56,9 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis; scale `[D]`, bias `[D]`."""
 
     def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
-        self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)), **sharded("embed"))
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)))
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded("embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
@@ -64,7 +69,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)))
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded("embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return rms_norm(x, self.scale[...], epsilon=self.epsilon)
@@ -113,7 +118,8 @@ class PositionEmbedding(nnx.Module):
         self.kind: Positions = config.positions
         if config.positions == "learned":
             shape = (config.max_length, config.d_model)
-            self.embedding = nnx.Param(embedding_init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+            table = embedding_init(rngs.params(), shape, jnp.dtype(config.param_dtype))
+            self.embedding = nnx.Param(table, **sharded("position", "embed"))
 
     def __call__(
         self, x: Float[Array, "*B T D"], *, offset: Integer[Array, "*B"] | None = None
@@ -135,7 +141,7 @@ class Dropout(nnx.Module):
 
     def site_key(self, rngs: Rngs | None) -> PRNGKeyArray | None:
         """The key to use here and now: None in evaluation; ValueError if training lacks one."""
-        return dropout_key(call_key(rngs), rate=self.rate, deterministic=self.deterministic)
+        return dropout_key(call_key(rngs, self), rate=self.rate, deterministic=self.deterministic)
 
     def set_view(self, deterministic: bool | None = None):
         """Read by `nnx.view`.

@@ -36,7 +36,7 @@ class Encoder(nnx.Module):
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B S D"], dict[str, Array]]:
         """The same, and each block's attention weights by name if asked for."""
-        keys = site_keys(call_key(rngs), 1 + len(self.blocks))
+        keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
         x = self.dropout(x, rngs=keys[0])
         extras = {}
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T D"], dict[str, Array]]:
         """The same, and each block's attention weights by name if asked for."""
-        keys = site_keys(call_key(rngs), 1 + len(self.blocks))
+        keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
         x = self.dropout(x, rngs=keys[0])
         extras = {}
@@ -102,6 +102,11 @@ class Decoder(nnx.Module):
         memory_mask: Bool[Array, "*B 1 1 S"] | None = None,
     ) -> DecoderCache:
         """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once."""
+        if self.config.positions == "learned" and capacity > self.config.max_length:
+            raise ValueError(
+                f"learned positions end at max_length={self.config.max_length}, the cache was to hold {capacity}; "
+                "generate less or raise max_length in the configuration"
+            )
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         slots = [empty_keys_values(batch, capacity, config.kv_heads, config.head_dim, dtype) for _ in self.blocks]
         projected = (

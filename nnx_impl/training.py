@@ -30,7 +30,7 @@ def update(
     model: Transformer, optimizer: nnx.Optimizer, batch: Batch, rngs: Rngs | None, *, label_smoothing: float = 0.0
 ) -> Metrics:
     """One step of the optimizer, in place; `train_step` is the same, jitted."""
-    key = call_key(rngs)
+    key = call_key(rngs, model.encoder.dropout)
 
     def objective(model):
         return loss_fn(model, batch, key, label_smoothing=label_smoothing)

@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
         """The same, and if asked for every attention's weights, before dropout, by the name of its module."""
-        keys = site_keys(call_key(rngs), 2)
+        keys = site_keys(call_key(rngs, self.encoder.dropout), 2)
         memory_mask = padding_mask(source_mask, source.shape)
         memory, encoder = self.encoder.run(
             self.embed_source(source), mask=memory_mask, return_weights=return_weights, rngs=keys[0]
@@ -147,9 +147,7 @@ class EncoderOnlyTransformer(nnx.Module):
     ) -> tuple[Float[Array, "*B S V"], dict[str, Float[Array, "..."]]]:
         """The same, and if asked for every attention's weights by the name of its module."""
         mask = padding_mask(source_mask, source.shape)
-        x, weights = self.encoder.run(
-            self.embedding(source), mask=mask, return_weights=return_weights, rngs=call_key(rngs)
-        )
+        x, weights = self.encoder.run(self.embedding(source), mask=mask, return_weights=return_weights, rngs=rngs)
         return self.logits(x), {f"encoder.{name}": value for name, value in weights.items()}
 
     def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
@@ -191,9 +189,7 @@ class DecoderOnlyTransformer(nnx.Module):
     ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
         """The same, and if asked for every attention's weights by the name of its module."""
         mask = padding_mask(target_mask, target.shape)
-        x, weights = self.decoder.run(
-            self.embedding(target), mask=mask, return_weights=return_weights, rngs=call_key(rngs)
-        )
+        x, weights = self.decoder.run(self.embedding(target), mask=mask, return_weights=return_weights, rngs=rngs)
         return self.logits(x), {f"decoder.{name}": value for name, value in weights.items()}
 
     def start(

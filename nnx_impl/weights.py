@@ -3,26 +3,28 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from core.config import TransformerConfig
-from core.weights import check_weights
+from core.weights import check_weights, owned
 from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 
 Model = TypeVar("Model", Transformer, EncoderOnlyTransformer, DecoderOnlyTransformer)
 
 
 def to_weights(model: nnx.Module) -> dict[str, Array]:
-    """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`."""
+    """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`.
+
+    They are the model's own arrays: a train step that follows reuses their memory, so save or copy them before.
+    """
     return {name: param[...] for name, param in _params(nnx.state(model, nnx.Param)).items()}
 
 
 def from_weights(
     config: TransformerConfig, weights: Mapping[str, Array], *, model_class: type[Model] = Transformer
 ) -> Model:
-    """The model that the configuration describes, with these weights; no random numbers are drawn.
+    """The model that the configuration describes, with a copy of these weights; no random numbers are drawn.
 
     ValueError lists every name that is missing, extra or of another shape or dtype.
     """
@@ -31,7 +33,7 @@ def from_weights(
     params = _params(state)
     check_weights(weights, params)
     for name, param in params.items():
-        param.set_value(jnp.asarray(weights[name]))
+        param.set_value(owned(weights[name]))
     nnx.update(model, state)
     return model
 

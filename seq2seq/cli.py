@@ -28,7 +28,8 @@ console = Console()
 
 RunFolder = Annotated[Path, typer.Argument(help="A folder that `isoformer train` made.", show_default=False)]
 OtherFrontend = Annotated[
-    str | None, typer.Option(help="nnx or equinox; any run works in either. [default: the one it was trained with]")
+    str | None,
+    typer.Option(help="nnx or equinox; any run works in either.", show_default="the one it was trained with"),
 ]
 
 
@@ -37,7 +38,7 @@ def train(
     task: Annotated[str, typer.Option(help="What to learn: copy, reverse or pronounce.")] = "pronounce",
     frontend: Annotated[str, typer.Option(help="nnx or equinox.")] = "nnx",
     run: Annotated[
-        Path | None, typer.Option(help="A new folder for the run. [default: runs/TASK-FRONTEND]", show_default=False)
+        Path | None, typer.Option(help="A new folder for the run.", show_default="runs/TASK-FRONTEND")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 5000,
     tokens: Annotated[int, typer.Option(help="Target positions in a batch.")] = 2048,
@@ -87,7 +88,7 @@ def train(
             f"Best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in {folder}.\n"
             f"Next: isoformer evaluate {folder}"
             if outcome.best_step
-            else "It ended before its first validation, so no weights were kept."
+            else "No validation loss was finite, or none was reached: no weights were kept."
         )
     )
 
@@ -102,7 +103,7 @@ def evaluate(
     opened = Run.open(run)
     name = frontend or opened.frontend
     package, task = load_frontend(name), load_task(opened.task)
-    model = opened.load_model(package)
+    model = opened.load_model(package, task)
     examples, tokens = task.split(split), opened.options.tokens
     trainer = package.Trainer(model, make_optimizer(opened.options))
     with console.status(f"evaluating {len(examples)} examples in {name}"):
@@ -128,9 +129,9 @@ def generate(
     opened = Run.open(run)
     package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
     sources = [task.parse(word) for word in words]
-    outputs = predict(package, opened.load_model(package), task, sources, tokens=opened.options.tokens)
+    outputs = predict(package, opened.load_model(package, task), task, sources, tokens=opened.options.tokens)
     for word, output in zip(words, outputs, strict=True):
-        console.print(f"{word}  →  {' '.join(task.target.decode(output))}", highlight=False)
+        console.print(f"{word}  →  {' '.join(task.target.decode(output))}", highlight=False, markup=False)
 
 
 @app.command()
@@ -162,7 +163,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]isoformer:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"isoformer: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 
 

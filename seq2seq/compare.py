@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from rich.console import Console
@@ -38,24 +37,32 @@ def compare(folder: Path, *, minutes: float, seed: int, console: Console) -> Rep
     """
     if not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be above 0 and finite, got {minutes}")
-    report = Report(folder)
+    comparison = Comparison(seed=seed, console=console)
+    comparison.report = report = Report(folder)
     try:
-        Comparison(report, seed=seed, console=console).run(minutes=minutes)
+        comparison.run(minutes=minutes)
     except KeyboardInterrupt:
         report.interrupted = True
         report.notes.append("Interrupted: what had not been measured by then is missing.")
     except DisagreementError as difference:
         report.agreed = False
         report.notes.append(f"THE FRONTENDS DISAGREE: {difference}")
-    report.write(console)
+    except BaseException as error:
+        report.agreed = False
+        report.notes.append(f"Ended by an error: {error!r}")
+        raise
+    finally:
+        report.write(console)
     return report
 
 
 class Comparison:
     """Both frontends, with equal weights, on one task."""
 
-    def __init__(self, report: Report, *, seed: int, console: Console):
-        self.report, self.console, self.task = report, console, load_task("pronounce")
+    report: Report
+
+    def __init__(self, *, seed: int, console: Console):
+        self.console, self.task = console, load_task("pronounce")
         self.packages = {name: frontend(name) for name in FRONTENDS}
         self.options = TrainingOptions(seed=seed)
         self.config = TransformerConfig(
@@ -87,7 +94,7 @@ class Comparison:
         }
         self.require_equal_bits("the initial weights of one seed", weights)
         for name, package in self.packages.items():
-            model = package.from_weights(self.config, {key: jnp.copy(value) for key, value in weights["nnx"].items()})
+            model = package.from_weights(self.config, weights["nnx"])
             self.trainers[name] = package.Trainer(
                 model,
                 make_optimizer(self.options),
@@ -125,7 +132,7 @@ class Comparison:
         for what, key, form in (
             ("compile the train step", "compile_s", "{:.1f} s"),
             ("build the model", "build_s", "{:.1f} s"),
-            ("host overhead a step, over the raw compiled step", "host_overhead_ms", "{:.2f} ms"),
+            ("the host's work a step, over that of the raw compiled step", "host_overhead_ms", "{:.2f} ms"),
             ("peak memory of the process", "peak_memory_mib", "{:,.0f} MiB"),
         ):
             self.report.each(what, {name: cost[key] for name, cost in costs.items()}, form)
@@ -149,15 +156,17 @@ class Comparison:
                     taken, metrics = timed(self.trainers[name].train, made)
                     seconds[name].setdefault(made.source.shape[-1], []).append(taken)
                     spent += taken
-                    losses[name] = {"loss": metrics.loss}
-                    self.report.losses[name].append(float(metrics.loss))
+                    losses[name] = {"loss": metrics.loss, "accuracy": metrics.accuracy}
+                for name in FRONTENDS:
+                    self.report.losses[name].append(float(losses[name]["loss"]))
                 self.require_equal_bits(f"the losses of step {step}", losses)
                 rate = (
                     len(FRONTENDS)
                     * int(np.asarray(made.target_mask).sum())
                     / sum(seconds[name][made.source.shape[-1]][-1] for name in FRONTENDS)
                 )
-                numbers = f"step {step}  loss {self.report.losses['nnx'][-1]:.3f}  {rate:,.0f} tokens/s"
+                loss, accuracy = self.report.losses["nnx"][-1], float(losses["nnx"]["accuracy"])
+                numbers = f"step {step}  loss {loss:.3f}  accuracy {accuracy:.1%}  {rate:,.0f} tokens/s"
                 progress.update(bar, completed=min(spent, budget), numbers=numbers)
                 if step % _CHECK_EVERY == 0:
                     self.require_equal_state(step)
@@ -218,13 +227,17 @@ class Comparison:
 
     def record_error_rate(self, step: int, words: list[Example]) -> None:
         """One more point of the curve, from each frontend."""
+        found = {}
         for name, package in self.packages.items():
-            found = sequence_scores(package, self.trainers[name].model, self.task, words, tokens=self.options.tokens)
+            model = self.trainers[name].model
+            scores = sequence_scores(package, model, self.task, words, tokens=self.options.tokens)
+            found[name] = scores.word_error_rate
+        for name, rate in found.items():
             steps, rates = self.report.error_rates[name]
             steps.append(step)
-            rates.append(found.word_error_rate)
-        rate = self.report.error_rates["nnx"][1][-1]
-        self.console.print(f"step {step}: word error rate {rate:.1%} on {len(words)} held-out words")
+            rates.append(rate)
+        self.report.each(f"word error rate after {step} steps, {len(words)} words", found, "{:.1%}")
+        self.console.print(f"step {step}: word error rate {found['nnx']:.1%} on {len(words)} held-out words")
 
     def weights(self) -> dict[str, dict[str, Array]]:
         """Of both frontends, as they are now."""

@@ -11,8 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from seq2seq.errors import UserError
 from seq2seq.plots import plot_attention, plot_curves
 
+PICTURES = ("loss", "wer", "attention")
 TITLES = {"nnx": "Flax NNX", "equinox": "Equinox"}
 
 
@@ -20,7 +22,12 @@ class Report:
     """Collects what is known, and can be written at any moment."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot hold a report: {error.strerror}; give another --output") from None
+        for name in PICTURES:  # those of an earlier report would pass for this one's
+            (folder / f"{name}.png").unlink(missing_ok=True)
         self.folder = folder
         self.agreed = True
         self.interrupted = False
@@ -51,12 +58,11 @@ class Report:
         if self.rows:
             console.print(table)
         for word, said, meant in self.samples:
-            console.print(f"{word}: {said}   [dim](dictionary: {meant})[/]", highlight=False)
+            console.print(f"{word}: {said}   (dictionary: {meant})", highlight=False, markup=False)
         for note in self.notes:
-            console.print(f"[bold]{note}[/]", highlight=False)
-        steps = range(1, len(self.losses["nnx"]) + 1)
-        if steps:
-            curves = {TITLES[name]: (steps, values) for name, values in self.losses.items()}
+            console.print(note, style="bold", highlight=False, markup=False)
+        if any(self.losses.values()):
+            curves = {TITLES[name]: (range(1, len(values) + 1), values) for name, values in self.losses.items()}
             plot_curves(self.folder / "loss.png", curves, ylabel="training loss (nats a token)")
         if self.error_rates["nnx"][0]:
             curves = {TITLES[name]: values for name, values in self.error_rates.items() if values[0]}
@@ -89,7 +95,7 @@ class Report:
         if self.samples:
             lines += ["", "| word | pronunciation | dictionary |", "| --- | --- | --- |"]
             lines += [f"| {' | '.join(sample)} |" for sample in self.samples]
-        for name in ("loss", "wer", "attention"):
+        for name in PICTURES:
             if (self.folder / f"{name}.png").exists():
                 lines += ["", f"![{name}]({name}.png)"]
         return "\n".join(lines) + "\n"

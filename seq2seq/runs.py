@@ -13,6 +13,7 @@ from jaxtyping import Array
 from core.config import TransformerConfig
 from seq2seq.errors import UserError
 from seq2seq.optimizer import TrainingOptions
+from seq2seq.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Run:
         """UserError if the folder holds anything: a run never writes over another."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is already there and not empty; give another --run or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}; give another --run") from None
         run = cls(folder, task, frontend, config, options)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "optax")}
         about = {
@@ -53,7 +57,7 @@ class Run:
             about = json.loads(path.read_text())
             config = TransformerConfig.from_json(json.dumps(about["config"]))
             return cls(folder, about["task"], about["frontend"], config, TrainingOptions(**about["options"]))
-        except FileNotFoundError:
+        except OSError:
             raise UserError(f"{folder} is no run folder, it has no run.json; `isoformer train` makes one") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be used: {error}; train the run again") from None
@@ -84,8 +88,14 @@ class Run:
                 first_line = str(error).strip().splitlines()[0]
                 raise UserError(f"checkpoint {step} of {self.folder} cannot be read: {first_line}") from None
 
-    def load_model(self, frontend: Any) -> Any:
-        """The best model in a frontend. UserError if its weights are of another configuration."""
+    def load_model(self, frontend: Any, task: Task) -> Any:
+        """The best model in a frontend. UserError if its weights are of another configuration or task."""
+        sizes = (self.config.source_vocab_size, self.config.target_vocab_size)
+        if sizes != (len(task.source), len(task.target)):
+            raise UserError(
+                f"the model of {self.folder} has vocabularies of {sizes[0]} and {sizes[1]} symbols, "
+                f"the task {task.name} of {len(task.source)} and {len(task.target)}; train the run again"
+            )
         try:
             return frontend.from_weights(self.config, self.best_weights())
         except ValueError as error:

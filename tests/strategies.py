@@ -62,7 +62,7 @@ def configs(draw, **fixed) -> TransformerConfig:
         "target_vocab_size": 13,
         "d_model": width,
         "num_heads": heads,
-        "num_kv_heads": draw(st.sampled_from([None, 1])),
+        "num_kv_heads": draw(st.sampled_from([None, 1, max(1, heads // 2)])),
         "d_ff": draw(st.sampled_from([5, 16])),
         "num_encoder_layers": draw(st.integers(0, 2)),
         "num_decoder_layers": draw(st.integers(0, 2)),
@@ -77,6 +77,7 @@ def configs(draw, **fixed) -> TransformerConfig:
         "feed_forward_bias": draw(st.booleans()),
         "tie_embeddings": draw(st.sampled_from(["none", "target", "all"])),
         "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
+        "param_dtype": draw(st.sampled_from(["float32", "bfloat16"])),
     }
     fields |= fixed
     if fields["tie_embeddings"] == "all":

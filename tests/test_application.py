@@ -17,7 +17,6 @@ from core.config import TransformerConfig
 from seq2seq import compare as comparing
 from seq2seq import tasks
 from seq2seq.cli import main
-from seq2seq.errors import UserError
 from seq2seq.evaluation import predict, sequence_scores
 from seq2seq.frontends import frontend
 from seq2seq.optimizer import TrainingOptions, make_optimizer
@@ -73,6 +72,7 @@ def test_a_run_trained_in_one_frontend_is_evaluated_and_used_in_the_other(name, 
 def test_the_best_weights_are_kept_not_the_last(tmp_path):
     config = TransformerConfig(source_vocab_size=5, target_vocab_size=5, d_model=4, num_heads=1, d_ff=4)
     run = Run.create(tmp_path / "run", task="copy", frontend="nnx", config=config, options=TrainingOptions())
+    task = dataclasses.replace(tasks.load_task("copy"), source=tasks.Vocabulary("ab"), target=tasks.Vocabulary("ab"))
     best, worse = random_weights(config, 0), random_weights(config, 1)
     run.save(1, worse, loss=3.0)
     run.save(2, best, loss=1.0)
@@ -80,7 +80,7 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path):
     opened = Run.open(tmp_path / "run")
     assert opened == run
     assert same_bits(opened.best_weights(), best)
-    assert same_bits(frontend("equinox").to_weights(opened.load_model(frontend("equinox"))), best)
+    assert same_bits(frontend("equinox").to_weights(opened.load_model(frontend("equinox"), task)), best)
 
 
 def test_training_stops_when_the_validation_loss_no_longer_falls(isoformer, tmp_path):
@@ -103,6 +103,9 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(isoformer, tmp_
         (["train", "--dropout-rate", 1.0], "dropout_rate must be at least 0 and below 1, got 1.0"),
         (["train", "--learning-rate", "nan"], "learning_rate must be above 0 and finite, got nan"),
         (["train", "--steps", 0], "steps must be at least 1, got 0"),
+        (["evaluate", ROOT / "README.md"], "README.md is no run folder, it has no run.json"),
+        (["train", "--task", "copy", "--run", ROOT / "README.md" / "x"], "cannot be made: Not a directory"),
+        (["compare", "--output", ROOT / "README.md"], "README.md cannot hold a report: File exists"),
         (["evaluate", "nowhere"], "nowhere is no run folder, it has no run.json"),
         (["generate", "nowhere", "word"], "nowhere is no run folder, it has no run.json"),
         (["compare", "--minutes", -1], "minutes must be above 0 and finite, got -1"),
@@ -145,6 +148,8 @@ def run_with(tmp_path, **changes):
         ({"config": {"d_mdel": 8}}, "cannot be used: unknown configuration fields ['d_mdel']"),
         ({"options": {"speed": 8}}, "cannot be used: "),
         ({"task": "sing"}, "unknown task 'sing'"),
+        ({"task": "[/sing]"}, "unknown task '[/sing]'"),
+        ({"task": "pronounce"}, "has vocabularies of 23 and 23 symbols, the task pronounce of 30 and 42"),
     ],
 )
 def test_a_run_of_another_kind_is_refused(changes, message, isoformer, tmp_path):
@@ -175,12 +180,13 @@ def test_a_damaged_checkpoint_is_refused(isoformer, tmp_path):
     assert "cannot be read" in printed
 
 
-def test_a_missing_framework_is_named(monkeypatch):
+def test_a_missing_framework_is_named(monkeypatch, isoformer):
     for module in [name for name in sys.modules if name.split(".")[0] in ("nnx_impl", "flax")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "flax", None)
-    with pytest.raises(UserError, match=r"the nnx frontend needs flax; run: pip install 'isoformer\[nnx\]'"):
-        frontend("nnx")
+    code, printed = isoformer("train", "--frontend", "nnx")
+    assert code == 2
+    assert "the nnx frontend needs flax; run: pip install 'isoformer[nnx]'" in printed
 
 
 class Parrot:
@@ -289,6 +295,24 @@ def test_an_interrupted_comparison_leaves_a_usable_report(small_comparison, monk
     assert code == 130
     assert "Interrupted" in printed
     assert "StableHLO text of the forward | equal" in (small_comparison / "report.md").read_text()
+
+
+def test_an_interrupt_between_the_two_frontends_leaves_a_usable_report(small_comparison, monkeypatch):
+    package, calls = frontend("equinox"), []
+    original = package.Trainer.train
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(package.Trainer, "train", interrupted)
+    report = comparing.compare(small_comparison, minutes=5, seed=0, console=Console(width=200))
+    assert report.interrupted
+    assert len(report.losses["nnx"]) == len(report.losses["equinox"]) == 2
+    names = {path.name for path in small_comparison.iterdir()}
+    assert {"report.md", "results.json", "loss.png", "wer.png"} <= names
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import shlex
@@ -19,6 +20,7 @@ import equinox_impl
 import nnx_impl
 from core.config import TransformerConfig
 from tests.conftest import ROOT
+from tests.frontends import same_bits
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -34,7 +36,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize(("language", "code"), BLOCKS)
-def test_code_blocks_run(language, code):
+def test_code_blocks_run(language, code, tmp_path):
     if language == "python":
         exec(code, {})
         return
@@ -45,13 +47,19 @@ def test_code_blocks_run(language, code):
             subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
         else:
             assert program == "isoformer"
-            command, *rest = arguments
-            options = {argument for argument in rest if argument.startswith("--")}
-            shown = subprocess.run(
-                [sys.executable, "-m", "seq2seq.cli", command, "--help"],
-                cwd=ROOT, check=True, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""},
-            ).stdout  # fmt: skip
-            assert options <= set(re.findall(r"--[\w-]+", shown)), line
+            small = ["--steps", "1", "--d-model", "4", "--num-heads", "1", "--d-ff", "4", "--layers", "1"]
+            command = [sys.executable, "-m", "seq2seq.cli", *arguments, *(small if arguments[0] == "train" else [])]
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+
+
+def test_the_readmes_two_examples_give_the_same_bits():
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.S | re.M)
+    first, second = {}, {}
+    exec(blocks[0], first)
+    exec(blocks[1], second)
+    for name in ("logits", "tokens"):
+        assert same_bits(first[name], second[name])
 
 
 @pytest.mark.parametrize("name", MODULES)

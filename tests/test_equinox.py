@@ -121,7 +121,7 @@ def test_a_train_step_learns_and_leaves_the_batch_alone():
             made, opt_state, metrics = equinox_impl.train_step(made, opt_state, BATCH, key, tx=tx)
             losses.append(float(metrics.loss))
     assert losses[-1] < losses[0]
-    assert BATCH.source.shape == (2, 5)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(BATCH))
 
 
 def test_per_example_calls_under_vmap_take_a_key_each():

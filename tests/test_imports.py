@@ -33,7 +33,13 @@ def test_imports_point_one_way(package):
 )
 def test_a_frontend_works_where_the_other_framework_is_missing(package, other):
     code = f"import sys; sys.modules[{other!r}] = None; import {package}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import Phase, given, settings
@@ -20,7 +21,11 @@ from tests.strategies import configs
 FILES = sorted(path.stem for path in (ROOT / "nnx_impl").glob("*.py"))
 # what only one of the frameworks has, and what stands for it in the other
 KEYWORDS = {"rngs": "key", "deterministic": "inference", "optimizer": "opt_state"}
-ONE_SIDED = {"kernel_metadata", "tx"}  # sharding names sit on NNX parameters; an NNX optimizer holds its optax tx
+ONE_SIDED = {
+    "axes",
+    "dropout",
+    "tx",
+}  # NNX parameters name their axes, its streams rest in evaluation, its optimizer has tx
 NNX_ONLY_NAMES = {"Rngs", "call_key", "sharded", "Dropout.set_view", "train_step.update"}
 # in Equinox every layer takes a key, so that layers can be put in a row whatever they are
 KEYLESS = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Unembedding", "PositionEmbedding", "FeedForward")
@@ -59,8 +64,10 @@ def test_both_take_the_same_arguments():
             ]
         for a, b in pairs:
             optional_key = ["key"] if name in KEYLESS and a.__name__ == "__call__" else []
-            expected = {KEYWORDS.get(parameter, parameter) for parameter in [*arguments(a), *optional_key]}
-            assert expected - ONE_SIDED == arguments(b) - ONE_SIDED, f"{name}, {a}"
+            expected = [(KEYWORDS.get(argument, argument), how) for argument, how in arguments(a).items()]
+            expected += [(argument, (inspect.Parameter.KEYWORD_ONLY, None)) for argument in optional_key]
+            found = list(arguments(b).items())
+            assert [x for x in expected if x[0] not in ONE_SIDED] == [x for x in found if x[0] not in ONE_SIDED], name
 
 
 @given(config=configs())
@@ -69,7 +76,7 @@ def test_both_have_the_same_names_shapes_and_leaf_order(config):
     for name in ("Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer"):
         first, second = (shapes(package, name, config) for package in (nnx_impl, equinox_impl))
         assert first == second
-        assert [key for key, _ in first] == sorted((key for key, _ in first), key=natural)
+        assert [key for key, *_ in first] == sorted((key for key, *_ in first), key=natural)
 
 
 def test_array_fields_of_equinox_modules_are_in_alphabetical_order():
@@ -110,11 +117,11 @@ def core_imports(path: Path) -> set[str]:
     } - {"core.config.Activation", "core.config.NormOrder", "core.config.Positions"}
 
 
-def arguments(function) -> set[str]:
-    return set(inspect.signature(function).parameters)
+def arguments(function) -> dict[str, tuple[object, object]]:
+    return {name: (p.kind, p.default) for name, p in inspect.signature(function).parameters.items()}
 
 
-def shapes(package, name: str, config) -> list[tuple[str, tuple[int, ...]]]:
+def shapes(package, name: str, config) -> list[tuple[str, tuple[int, ...], np.dtype]]:
     model_class, order = getattr(package, name), []
 
     def weights():
@@ -124,7 +131,7 @@ def shapes(package, name: str, config) -> list[tuple[str, tuple[int, ...]]]:
         return found
 
     found = jax.eval_shape(weights)
-    return [(key, found[key].shape) for key in order]
+    return [(key, found[key].shape, found[key].dtype) for key in order]
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -82,7 +82,8 @@ def test_a_call_takes_rngs_a_stream_or_a_key():
 def test_evaluation_changes_no_state_and_training_only_the_stream():
     made, rngs = model(), nnx.Rngs(dropout=5)
     before = jax.tree.map(jnp.copy, nnx_impl.to_weights(made))
-    logits(evaluation(made))
+    logits(evaluation(made), rngs)
+    assert int(rngs.dropout.count[...]) == 0
     logits(made, rngs)
     assert same_bits(before, nnx_impl.to_weights(made))
     assert int(rngs.dropout.count[...]) == 1
@@ -141,6 +142,7 @@ def test_parameters_carry_the_names_of_their_axes():
     }
     assert specs["encoder.blocks.0.attention.q_proj.kernel"] == jax.sharding.PartitionSpec("embed", "heads")
     assert specs["decoder.blocks.0.feed_forward.down_proj.kernel"] == jax.sharding.PartitionSpec("mlp", "embed")
+    assert specs["decoder.blocks.0.attention_norm.scale"] == jax.sharding.PartitionSpec("embed")
     assert specs["target_embedding.embedding"] == jax.sharding.PartitionSpec("vocab", "embed")
 
 
@@ -166,6 +168,11 @@ assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 4)}, k
 """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
