@@ -1,6 +1,7 @@
 """Training, keeping, evaluating and running a model, with either frontend; and what a user does wrong."""
 
 import dataclasses
+import gc
 import json
 import re
 import signal
@@ -144,7 +145,7 @@ def run_with(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"d_model": 8}}, "cannot be used: |this model needs source_vocab_size"),
+        ({"config": {"d_model": 8}}, "has vocabularies of None and None symbols, the task copy of 23 and 23"),
         ({"config": {"d_mdel": 8}}, "cannot be used: unknown configuration fields ['d_mdel']"),
         ({"options": {"speed": 8}}, "cannot be used: "),
         ({"task": "sing"}, "unknown task 'sing'"),
@@ -156,7 +157,7 @@ def test_a_run_of_another_kind_is_refused(changes, message, isoformer, tmp_path)
     run = run_with(tmp_path, **changes)
     code, printed = isoformer("evaluate", run.folder)
     assert code == 2
-    assert any(part in printed for part in message.split("|"))
+    assert message in printed
     assert "Traceback" not in printed
 
 
@@ -171,11 +172,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(isoformer, tmp_path):
     assert "encoder.blocks.0.feed_forward.up_proj.kernel must be float32[4, 6], got float32[4, 4]" in printed
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop behind
 def test_a_damaged_checkpoint_is_refused(isoformer, tmp_path):
     run = run_with(tmp_path)
     for path in run.folder.glob("checkpoints/1/default/manifest.ocdbt"):
         path.write_bytes(b"")
     code, printed = isoformer("evaluate", run.folder)
+    gc.collect()
     assert code == 2
     assert "cannot be read" in printed
 

@@ -165,7 +165,10 @@ def test_a_missing_key_raises_in_training_and_is_ignored_in_evaluation():
     assert dropout_key(None, rate=0.0, deterministic=False) is None
     for given_key in (None, key):
         assert dropout_key(given_key, rate=0.1, deterministic=True) is None
-    with pytest.raises(ValueError, match=r"rate 0\.1 in training mode needs a key, got none; give one at the call"):
+    with pytest.raises(
+        ValueError,
+        match=r"rate 0\.1 in training mode needs a key, got none; give rngs= \(NNX\) or key= \(Equinox\) at the call",
+    ):
         dropout_key(None, rate=0.1, deterministic=False)
 
 

@@ -118,7 +118,10 @@ def core_imports(path: Path) -> set[str]:
 
 
 def arguments(function) -> dict[str, tuple[object, object]]:
-    return {name: (p.kind, p.default) for name, p in inspect.signature(function).parameters.items()}
+    return {
+        name: (p.kind, getattr(p.default, "__name__", p.default))
+        for name, p in inspect.signature(function).parameters.items()
+    }
 
 
 def shapes(package, name: str, config) -> list[tuple[str, tuple[int, ...], np.dtype]]:
