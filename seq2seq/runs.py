@@ -1,6 +1,7 @@
 """A run folder: what was trained, how it went, and the best weights, for either frontend."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ from seq2seq.tasks import Task
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder with `run.json`, `metrics.jsonl` and `checkpoints/`."""
+    """A folder with `run.json`, `metrics.jsonl`, `checkpoints/` and their `digests.json`."""
 
     folder: Path
     task: str
@@ -71,22 +72,34 @@ class Run:
         """Keeps the weights if their validation loss is the lowest so far."""
         with self._manager() as manager:
             manager.save(step, args=ocp.args.StandardSave(weights), metrics={"loss": loss})
+        temporary = self.folder / "digests.tmp"
+        temporary.write_text(json.dumps(self._digests(), indent=2) + "\n")
+        temporary.replace(self.folder / "digests.json")
 
     def best_weights(self) -> dict[str, Array]:
-        """The weights of the lowest validation loss. UserError if there are none, or they are damaged."""
-        if not (self.folder / "checkpoints").is_dir():
-            raise UserError(f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation")
+        """The weights of the lowest validation loss. UserError if there are none, or a file of them has changed."""
+        try:
+            kept = json.loads((self.folder / "digests.json").read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation"
+            ) from None
+        found = self._digests()
+        # orbax itself takes a flipped bit for a number
+        if changed := sorted(name for name in kept | found if kept.get(name) != found.get(name)):
+            raise UserError(
+                f"the checkpoint of {self.folder} is damaged, {changed[0]} has changed; train the run again"
+            )
         with self._manager() as manager:
             step = manager.best_step()
-            if step is None:
-                raise UserError(f"{self.folder}/checkpoints holds no complete checkpoint; train the run again")
-            try:
-                stored = manager.item_metadata(step).tree
-                wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-                return manager.restore(step, args=ocp.args.StandardRestore(wanted))
-            except (ValueError, AttributeError, OSError) as error:
-                first_line = str(error).strip().splitlines()[0]
-                raise UserError(f"checkpoint {step} of {self.folder} cannot be read: {first_line}") from None
+            stored = manager.item_metadata(step).tree
+            wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+            return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+
+    def _digests(self) -> dict[str, str]:
+        """The sha256 of every file of the checkpoints."""
+        files = sorted(path for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def load_model(self, frontend: Any, task: Task) -> Any:
         """The best model in a frontend. UserError if its weights are of another configuration or task."""

@@ -1,7 +1,6 @@
 """Training, keeping, evaluating and running a model, with either frontend; and what a user does wrong."""
 
 import dataclasses
-import gc
 import json
 import re
 import signal
@@ -172,15 +171,21 @@ def test_a_checkpoint_of_another_configuration_is_refused(isoformer, tmp_path):
     assert "encoder.blocks.0.feed_forward.up_proj.kernel must be float32[4, 6], got float32[4, 4]" in printed
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its event loop behind
-def test_a_damaged_checkpoint_is_refused(isoformer, tmp_path):
+@pytest.mark.parametrize("damage", ["flip a bit", "truncate", "remove", "add"])
+def test_a_damaged_checkpoint_is_refused(damage, isoformer, tmp_path):
     run = run_with(tmp_path)
-    for path in run.folder.glob("checkpoints/1/default/manifest.ocdbt"):
-        path.write_bytes(b"")
+    path = max((run.folder / "checkpoints").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    elif damage == "add":
+        (path.parent / "more").touch()
+    else:
+        path.write_bytes(content if damage == "flip a bit" else content[:-1])
     code, printed = isoformer("evaluate", run.folder)
-    gc.collect()
     assert code == 2
-    assert "cannot be read" in printed
+    assert "is damaged, checkpoints/1/" in printed
 
 
 def test_a_missing_framework_is_named(monkeypatch, isoformer):
