@@ -14,7 +14,7 @@ from core.config import TransformerConfig
 from seq2seq.agreement import bit_difference, step_difference, text_identity
 from seq2seq.batches import Pair, batch, pairs
 from seq2seq.errors import UserError
-from seq2seq.evaluation import SequenceScores, predict, sequence_scores, token_scores
+from seq2seq.evaluation import predict, sequence_scores, token_scores
 from seq2seq.frontends import FRONTENDS, frontend
 from seq2seq.measure import lines_of_code, measure_alone, timed
 from seq2seq.optimizer import TrainingOptions, make_optimizer
@@ -187,14 +187,11 @@ class Comparison:
         """Held-out words: scores, decoding speed, a few to read, and where the decoder looked."""
         self.console.print("pronouncing held-out words …")
         words, tokens = _sample(self.task.split("test"), _TEST_WORDS), self.options.tokens
-        scores: dict[str, SequenceScores] = {}
-        speed = {}
-        for name, package in self.packages.items():
-            model = self.trainers[name].model
-            scores[name] = sequence_scores(package, model, self.task, words, tokens=tokens)
-            sources = [example.source for example in words]
-            taken, spoken = timed(lambda p=package, m=model, s=sources: predict(p, m, self.task, s, tokens=tokens))
-            speed[name] = sum(len(phones) + 1 for phones in spoken) / taken
+        models = {name: self.trainers[name].model for name in FRONTENDS}
+        scores = {
+            name: sequence_scores(package, models[name], self.task, words, tokens=tokens)
+            for name, package in self.packages.items()
+        }
         if scores["nnx"].predictions != scores["equinox"].predictions:
             raise DisagreementError("the same weights pronounce a held-out word differently")
         self.report.both(f"pronunciations of {len(words)} held-out words", "equal")
@@ -202,12 +199,24 @@ class Comparison:
         self.report.each("their token accuracy, teacher-forced", {n: s.accuracy for n, s in by_token.items()}, "{:.1%}")
         self.report.each("their phone error rate", {n: s.symbol_error_rate for n, s in scores.items()}, "{:.1%}")
         self.report.each("their word error rate", {n: s.word_error_rate for n, s in scores.items()}, "{:.1%}")
-        self.report.each("greedy decoding", speed, "{:,.0f} tokens/s")
+        self.report.each("greedy decoding, median", self.decoding_speed(words), "{:,.0f} tokens/s")
         for example, phones in list(zip(words, scores["nnx"].predictions, strict=True))[:_SHOWN_WORDS]:
             meant = " or ".join(" ".join(self.task.target.decode(target)) for target in example.targets)
             word = "".join(self.task.source.decode(example.source))
             self.report.samples.append((word, " ".join(self.task.target.decode(phones)), meant))
         self.draw_attention(words[0])
+
+    def decoding_speed(self, words: list[Example]) -> dict[str, float]:
+        """Tokens a second, all words in their batches, the frontends in turn."""
+        sources, speeds = [example.source for example in words], {name: [] for name in FRONTENDS}
+        for _ in range(5):
+            for name, package in self.packages.items():
+                model = self.trainers[name].model
+                taken, spoken = timed(
+                    lambda p=package, m=model: predict(p, m, self.task, sources, tokens=self.options.tokens)
+                )
+                speeds[name].append(sum(len(phones) + 1 for phones in spoken) / taken)
+        return {name: statistics.median(found) for name, found in speeds.items()}
 
     def draw_attention(self, example: Example) -> None:
         """The decoder's cross-attention while it is given the right pronunciation."""
