@@ -1,13 +1,14 @@
 """Keys and values of the tokens seen so far, so that a decoding step costs one token, not all of them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
-from core.attention import dot_product_attention
+from core.attention import Rules, dot_product_attention
 from core.layers import known_values
+from core.masks import Offset, Padding, Prefix, causal_or_prefix
 
 
 class KeysValues(NamedTuple):
@@ -29,14 +30,18 @@ class DecoderCache(NamedTuple):
 
     attention: tuple[KeysValues, ...]  # by layer, S = capacity
     memory: tuple[KeysValues, ...]  # by layer, S = source length; empty without cross-attention
-    memory_mask: Bool[Array, "*B 1 1 S"] | None
+    memory_mask: Padding | None
     length: Integer[Array, "*B"]  # tokens so far, the same for all layers
+    prefix: Integer[Array, "*B"] | None = None  # of them, those that see each other
 
 
-def empty_keys_values(batch: tuple[int, ...], capacity: int, heads: int, width: int, dtype) -> KeysValues:
-    """Room for `capacity` tokens in each row."""
-    shape = (*batch, capacity, heads, width)
-    return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def empty_keys_values(
+    batch: tuple[int, ...], capacity: int, heads: int, width: int, dtype, *, value_width: int | None = None
+) -> KeysValues:
+    """Room for `capacity` tokens in each row; values are as wide as keys unless given."""
+    shape = (*batch, capacity, heads)
+    values = width if value_width is None else value_width
+    return KeysValues(jnp.zeros((*shape, width), dtype), jnp.zeros((*shape, values), dtype))
 
 
 def append(cache: KVCache, k: Float[Array, "*B T K H"], v: Float[Array, "*B T K Hv"]) -> KVCache:
@@ -76,10 +81,21 @@ def cached_attention(
     k: Float[Array, "*B T K H"],
     v: Float[Array, "*B T K Hv"],
     cache: KVCache,
+    *,
+    prefix: Offset | None = None,
+    **rules: Unpack[Rules],
 ) -> tuple[Float[Array, "*B T N Hv"], KVCache]:
-    """Causal attention of T new tokens to themselves and to all before; NaN in a row that overflowed."""
+    """Causal attention of T new tokens to themselves and to all before; NaN in a row that overflowed.
+
+    The first `prefix` tokens see each other, if they come at once. Of `rules`, a mask or bias meets the cache's slots
+    as keys.
+    """
     appended = append(cache, k, v)
     slots = appended.keys_values
-    out = dot_product_attention(q, *slots, causal=True, q_offset=cache.length)
+    mask = causal_or_prefix(prefix)
+    if prefix is not None:
+        mask = mask & Prefix(appended.length)  # none of the slots that are not filled yet
+    rules = {**rules, "mask": mask & rules.get("mask"), "q_offset": cache.length}
+    out = dot_product_attention(q, *slots, **rules)
     overflowed = appended.length > slots.k.shape[-3]
     return jnp.where(overflowed[..., None, None, None], jnp.nan, out), appended

@@ -12,9 +12,9 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-_NUMBERS = (float, np.generic, np.ndarray, jax.Array)
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 # how a function would be differentiated is for transformations yet to come: no part of this program
-_RULES = {"jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd"}
+_RULES = {"jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees"}
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 
@@ -137,7 +137,7 @@ def _source_difference(a: _Source, b: _Source) -> str | None:
     if isinstance(a, _Constant) and isinstance(b, _Constant):
         same = a.aval.weak_type == b.aval.weak_type and _same_bits(a.value, b.value)
     else:
-        same = a == b
+        same = type(a) is type(b) and a == b
     return None if same else f"{_describe(a)} here, {_describe(b)} there"
 
 

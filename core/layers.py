@@ -1,5 +1,6 @@
 """The small layers: linear, norms, dropout, embedding, feed-forward, residual."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar, overload
 
@@ -13,10 +14,25 @@ from core.config import Activation, NormOrder, check_rate
 
 Aux = TypeVar("Aux")
 
+GATED = ("glu", "geglu", "swiglu", "reglu")
+"""Activations that have a gate projection."""
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "glu": jax.nn.sigmoid,
+    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+    "swiglu": jax.nn.silu,
+    "reglu": jax.nn.relu,
+}
+
 kernel_init = jax.nn.initializers.glorot_uniform()
 """Kernels (in, out): uniform, variance 2 / (in + out) (Glorot and Bengio 2010)."""
 embedding_init = jax.nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 """Embeddings (V, D): normal, variance 1 / D, so that rows have length 1, and sqrt(D) after scaling."""
+relative_init = jax.nn.initializers.normal(0.02)
+"""What relative positions learn: normal, deviation 0.02 (as in Transformer-XL)."""
 
 
 def wide_dtype(x: Array) -> jnp.dtype:
@@ -60,6 +76,25 @@ def dropout(x: Float[Array, "*S"], rate: float, *, key: PRNGKeyArray | None = No
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def stochastic_depth(x: Float[Array, "*B T D"], rate: float, *, key: PRNGKeyArray | None = None) -> Array:
+    """Each example wholly 0 with probability `rate`, else divided by 1 - rate (Huang et al. 2016)."""
+    check_rate("the stochastic depth rate", rate)
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], 1, 1))
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def branch_dropout(
+    x: Float[Array, "*B T D"], rate: float, depth_rate: float, *, key: PRNGKeyArray | None = None
+) -> Float[Array, "*B T D"]:
+    """Dropout of a residual's branch, element by element, then example by example."""
+    if depth_rate == 0:
+        return dropout(x, rate, key=key)
+    element_key, example_key = site_keys(key, 2)
+    return stochastic_depth(dropout(x, rate, key=element_key), depth_rate, key=example_key)
 
 
 def dropout_key(key: PRNGKeyArray | None, *, rate: float, deterministic: bool) -> PRNGKeyArray | None:
@@ -119,14 +154,13 @@ def feed_forward(
     *,
     activation: Activation,
 ) -> Float[Array, "*B D"]:
-    """down(activation(up(x))), relu (2017) or exact gelu; swiglu: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-    if activation == "swiglu":
-        if gate is None:
-            raise ValueError("swiglu needs a gate projection beside up and down, got none")
-        return down(jax.nn.silu(gate(x)) * up(x))
-    if activation == "gelu":
-        return down(jax.nn.gelu(up(x), approximate=False))
-    return down(jax.nn.relu(up(x)))
+    """down(activation(up(x))) (2017); gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    function = _ACTIVATIONS[activation]
+    if activation not in GATED:
+        return down(function(up(x)))
+    if gate is None:
+        raise ValueError(f"{activation} needs a gate projection beside up and down, got none")
+    return down(function(gate(x)) * up(x))
 
 
 def residual(
@@ -136,16 +170,25 @@ def residual(
     norm: Callable[[Array], Array],
     norm_order: NormOrder,
     dropout: Callable[[Array], Array],
+    out_norm: Callable[[Array], Array] | None = None,
+    stem: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Aux]:
-    """post: norm(x + dropout(f(x))) (2017); pre: x + dropout(f(norm(x))) (Xiong et al. 2020).
+    """post: norm(x + dropout(f(x))) (2017); pre: x + dropout(f(norm(x))) (Xiong et al. 2020);
+    sandwich: x + dropout(out_norm(f(norm(x)))) (Ding et al. 2021).
 
-    Returns beside the sum what the sublayer returned beside its output.
+    `stem` is what f reads if that is not x: in a parallel block all sublayers read the block's input (Wang and
+    Komatsuzaki 2021). Returns beside the sum what the sublayer returned beside its output.
     """
-    if norm_order == "pre":
-        y, aux = sublayer(norm(x))
-        return x + dropout(y), aux
-    y, aux = sublayer(x)
-    return norm(x + dropout(y)), aux
+    stem = x if stem is None else stem
+    if norm_order == "post":
+        y, aux = sublayer(stem)
+        return norm(x + dropout(y)), aux
+    y, aux = sublayer(norm(stem))
+    if norm_order == "sandwich":
+        if out_norm is None:
+            raise ValueError("the sandwich order needs a second norm, out_norm, got none")
+        y = out_norm(y)
+    return x + dropout(y), aux
 
 
 def _along_last(vector: Float[Array, "D"], like: Array) -> Array:

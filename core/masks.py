@@ -1,60 +1,272 @@
-"""Masks: bool arrays, True where a query may attend, with the rank of the logits `[*B, N, T, S]`."""
+"""Who may see whom, as small values that compose: `Causal() & Padding(real) | Prefix(3)`, `~Window(2, 2)`.
 
+A mask becomes an array only where it meets the logits `[*B, N, T, S]`: there query t stands at position
+`q_offset + t` and key s at position s. True means *may attend*.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Integer
+
+from core.config import check_window
+
+Offset = int | Integer[Array, "..."]
+_FARTHEST = 2**31 - 1  # positions are int32
 
 
-def causal_mask(queries: int, keys: int | None = None, *, q_offset: int | None = None) -> Bool[Array, "1 T S"]:
-    """True where the key's position is at most the query's, `q_offset + t`; T != S needs q_offset.
+class Grid(NamedTuple):
+    """The cells of the logits `[*B, N, T, S]`, and where their queries stand; an offset may differ by row."""
 
-    >>> causal_mask(2, 3, q_offset=1).astype(int).tolist()
+    shape: tuple[int, ...]
+    q_offset: Offset | None = None
+
+    def offset(self) -> Integer[Array, "..."]:
+        """The first query's position, `[*B, 1, 1, 1]` with 1 where it broadcasts."""
+        *batch, _, queries, keys = self.shape
+        if self.q_offset is None and queries != keys:
+            raise ValueError(
+                f"what goes by position needs q_offset where T={queries} queries meet S={keys} keys: "
+                f"0 aligns the first query with the first key, S - T = {keys - queries} the last with the last"
+            )
+        offset = jnp.asarray(0 if self.q_offset is None else self.q_offset)
+        if not jnp.issubdtype(offset.dtype, jnp.integer):
+            raise TypeError(f"q_offset must be an integer or an array of them, got {offset.dtype}")
+        if offset.shape not in ((), tuple(batch)):
+            raise ValueError(f"q_offset must be one integer or have the batch shape {tuple(batch)}, got {offset.shape}")
+        return offset.astype(jnp.int32).reshape(*(offset.shape or (1,) * len(batch)), 1, 1, 1)
+
+    def keys(self) -> Integer[Array, "..."]:
+        """The keys' positions, rank of the logits."""
+        rank = len(self.shape)
+        return jax.lax.broadcasted_iota(jnp.int32, (1,) * (rank - 1) + self.shape[-1:], rank - 1)
+
+    def queries(self) -> Integer[Array, "..."]:
+        """The queries' positions, rank of the logits."""
+        rank = len(self.shape)
+        return self.offset() + jax.lax.broadcasted_iota(jnp.int32, (1,) * (rank - 2) + (self.shape[-2], 1), rank - 2)
+
+    def ahead(self) -> Integer[Array, "..."]:
+        """How far each key's position lies ahead of each query's, rank of the logits."""
+        return self.keys() - self.queries()
+
+
+class Mask:
+    """What masks have in common; with `&`, None stands for the mask that allows everything."""
+
+    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        """True where allowed, of the logits' rank, 1 where it broadcasts."""
+        raise NotImplementedError
+
+    def __and__(self, other: Any) -> "Mask":
+        return self if other is None else All((self, as_mask(other)))
+
+    def __or__(self, other: Any) -> "Mask":
+        return Either((self, as_mask(other)))
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    __rand__ = __and__
+    __ror__ = __or__
+
+
+M = TypeVar("M", bound=Mask)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def _mask(cls: type[M]) -> type[M]:
+    """A frozen dataclass that is a pytree, so that masks pass through jit, vmap and scan."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+@_mask
+class Causal(Mask):
+    """Keys at positions up to the query's own.
+
+    >>> Causal().cells(Grid((1, 2, 3), q_offset=1)).astype(int).tolist()
     [[[1, 1, 0], [1, 1, 1]]]
     """
-    keys = queries if keys is None else keys
-    if q_offset is None and keys != queries:
-        raise ValueError(
-            f"with {queries} queries and {keys} keys give q_offset: 0 aligns the first query with the first key, "
-            f"{keys - queries} the last with the last"
-        )
-    return (jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + (q_offset or 0))[None]
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        return grid.ahead() <= 0
 
 
-def padding_mask(
-    real: Bool[Array, "*B S"] | None, shape: tuple[int, ...] | None = None
-) -> Bool[Array, "*B 1 1 S"] | None:
-    """Every query may see the real tokens of its row, and no padding. None: all are real.
+@_mask
+class Window(Mask):
+    """At most `left` keys before and `right` keys after the query's own position (Beltagy et al. 2020)."""
 
-    `shape` is what `real` must have, that of the tokens it tells of.
-    """
+    left: int = dataclasses.field(metadata={"static": True})
+    right: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_window((self.left, self.right))
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        ahead = grid.ahead()
+        return (-min(self.left, _FARTHEST) <= ahead) & (ahead <= min(self.right, _FARTHEST))
+
+
+@_mask
+class Prefix(Mask):
+    """The first `length` keys, which may differ by row: `Causal() | Prefix(n)` is a prefix language model."""
+
+    length: Offset
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        length = jnp.asarray(self.length)
+        batch = grid.shape[:-3]
+        if not jnp.issubdtype(length.dtype, jnp.integer) or length.shape not in ((), batch):
+            raise ValueError(
+                f"a prefix has an integer length, one or of the batch shape {batch}, got {length.dtype} {length.shape}"
+            )
+        return grid.keys() < length.astype(jnp.int32).reshape(*(length.shape or (1,) * len(batch)), 1, 1, 1)
+
+
+@_mask
+class Padding(Mask):
+    """The real keys of each row, `real [*B, S]`, True at real tokens."""
+
+    real: Bool[Array, "*B S"]
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        _check_bool("a padding mask", self.real, "use tokens != pad_id")
+        _check_shape("a padding mask", self.real.shape, (*grid.shape[:-3], grid.shape[-1]), "[*B, S]")
+        return self.real[..., None, None, :]
+
+
+@_mask
+class Segments(Mask):
+    """Keys of the query's own segment: several sequences packed into one row, told apart by integer ids."""
+
+    queries: Integer[Array, "*B T"]
+    keys: Integer[Array, "*B S"] | None = None  # None: those of the queries
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        keys, batch = self.queries if self.keys is None else self.keys, grid.shape[:-3]
+        for ids in (self.queries, keys):
+            if not jnp.issubdtype(ids.dtype, jnp.integer):
+                raise TypeError(f"segment ids must be integers, got {ids.dtype}")
+        _check_shape("segment ids of queries", self.queries.shape, (*batch, grid.shape[-2]), "[*B, T]")
+        _check_shape("segment ids of keys", keys.shape, (*batch, grid.shape[-1]), "[*B, S]")
+        return self.queries[..., None, :, None] == keys[..., None, None, :]
+
+
+@_mask
+class Dense(Mask):
+    """A bool array of the logits' rank, 1 where it broadcasts."""
+
+    array: Bool[Array, "..."]
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        _check_bool("mask", self.array, "an additive mask goes into bias=, a 0/1 mask through .astype(bool)")
+        check_broadcasts("mask", self.array.shape, grid.shape)
+        return self.array
+
+
+@_mask
+class All(Mask):
+    """What every one of several masks allows: `a & b`."""
+
+    masks: tuple[Mask, ...]
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        return functools.reduce(jnp.logical_and, [mask.cells(grid) for mask in self.masks])
+
+
+@_mask
+class Either(Mask):
+    """What at least one of several masks allows: `a | b`."""
+
+    masks: tuple[Mask, ...]
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        return functools.reduce(jnp.logical_or, [mask.cells(grid) for mask in self.masks])
+
+
+@_mask
+class Not(Mask):
+    """What a mask forbids: `~a`."""
+
+    mask: Mask
+
+    def cells(self, grid: Grid) -> Bool[Array, "..."]:
+        return ~self.mask.cells(grid)
+
+
+def as_mask(mask: Mask | Bool[Array, "..."]) -> Mask:
+    """A mask as it is, an array as `Dense`."""
+    if not isinstance(mask, Mask | jax.Array | np.ndarray):
+        raise TypeError(f"a mask must be one of core.masks or a bool array, got {mask!r}; None goes with & alone")
+    return mask if isinstance(mask, Mask) else Dense(mask)
+
+
+def combine(*masks: Mask | Bool[Array, "..."] | None) -> Mask | None:
+    """What all of them allow; None where none is given."""
+    given = [as_mask(mask) for mask in masks if mask is not None]
+    return functools.reduce(lambda a, b: a & b, given) if given else None
+
+
+def causal_or_prefix(prefix: Offset | None) -> Mask:
+    """`Causal()`, whose first `prefix` keys every query may see too."""
+    return Causal() if prefix is None else Causal() | Prefix(prefix)
+
+
+def padding(real: Bool[Array, "*B S"] | None, shape: tuple[int, ...]) -> Padding | None:
+    """`Padding` of tokens of that shape; None: all are real."""
     if real is None:
         return None
-    if real.dtype != jnp.bool_:
-        raise TypeError(f"a padding mask must be bool, True for a real token, got {real.dtype}; use tokens != pad_id")
-    if shape is not None and real.shape != shape:
-        raise ValueError(f"a padding mask must have the shape of its tokens, {shape}, got {real.shape}")
-    return real[..., None, None, :]
+    _check_shape("a padding mask", real.shape, shape, "the shape of its tokens")
+    return Padding(real)
 
 
-def combine(*masks: Bool[Array, "..."] | None) -> Bool[Array, "..."] | None:
-    """True where all are; None stands for all True. Missing leading axes are added."""
-    combined = None
-    for mask in masks:
-        if mask is None:
-            continue
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"masks must be bool, True where a query may attend, got {mask.dtype}")
-        if mask.ndim < 3:
-            raise ValueError(
-                f"masks must end in the axes N, T, S of the logits, got {mask.shape}; "
-                "padding_mask makes one from [*B, S]"
-            )
-        if combined is None:
-            combined = mask
-        else:
-            rank = max(mask.ndim, combined.ndim)
-            combined = _with_rank(combined, rank) & _with_rank(mask, rank)
-    return combined
+def segments(ids: Integer[Array, "*B T"] | None, shape: tuple[int, ...]) -> Segments | None:
+    """`Segments` of tokens of that shape; None: one segment a row."""
+    if ids is None:
+        return None
+    _check_shape("segment ids", ids.shape, shape, "the shape of their tokens")
+    return Segments(ids)
 
 
-def _with_rank(mask: Array, rank: int) -> Array:
-    return mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
+def pair_segments(queries: Integer[Array, "*B T"] | None, keys: Integer[Array, "*B S"] | None) -> Segments | None:
+    """`Segments` of two packed sides, by equal ids; None: neither is packed."""
+    if (queries is None) != (keys is None):
+        raise ValueError("segment ids go with both source and target or with neither")
+    return None if queries is None else Segments(queries, keys)
+
+
+def segment_positions(ids: Integer[Array, "*B T"]) -> Integer[Array, "*B T"]:
+    """Each token's position in its own segment, for absolute encodings of packed rows; equal ids stand together.
+
+    >>> segment_positions(jnp.array([7, 7, 7, 2, 2])).tolist()
+    [0, 1, 2, 0, 1]
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+    first = jnp.ones((*ids.shape[:-1], min(1, ids.shape[-1])), bool)
+    begins = jnp.concatenate([first, ids[..., 1:] != ids[..., :-1]], axis=-1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=ids.ndim - 1)
+
+
+def check_broadcasts(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """ValueError unless an array of shape `got` broadcasts to the logits without gaining an axis."""
+    if len(got) != len(wanted) or any(g not in (1, w) for g, w in zip(got, wanted, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to the logits [*B, N, T, S] = {tuple(wanted)}, with 1 where it does, "
+            f"got {tuple(got)}; core.masks.Padding takes [*B, S]"
+        )
+
+
+def _check_bool(name: str, array: Array, remedy: str) -> None:
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be bool, True where a query may attend, got {array.dtype}; {remedy}")
+
+
+def _check_shape(name: str, got: tuple[int, ...], wanted: tuple[int, ...], axes: str) -> None:
+    if got != tuple(wanted):
+        raise ValueError(f"{name} must have {axes}, here {tuple(wanted)}, got {got}")

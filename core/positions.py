@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal, learned and rotary encodings, exact at any position.
+"""Where a token stands: sinusoidal and learned encodings, and angles that are exact at any position.
 
 Angles are position times frequency. In float32 that product loses one bit for each bit of the position: at
 2^20 it is wrong by 0.04. Here the phase is kept in fixed point, as a fraction of a turn in an unsigned integer,
@@ -14,16 +14,23 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from core.config import Positions
-from core.layers import check_tokens, embed, wide_dtype
+from core.layers import check_tokens, embed
 
 _TWO_PI = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
-def position_ids(x: Float[Array, "*B T D"], offset: Integer[Array, "*B"] | None = None) -> Integer[Array, "..."]:
-    """The positions `[*B, T]` of a chunk that starts at `offset` in each row, or at 0."""
+def position_ids(x: Float[Array, "*B T D"], offset: int | Integer[Array, "*B"] | None = None) -> Integer[Array, "..."]:
+    """The positions `[*B, T]` of a chunk that starts at `offset` in each row, or at 0 in all, `[1, T]`."""
     batch, length = x.shape[:-2], x.shape[-2]
     ids = jnp.arange(length, dtype=jnp.int32).reshape((1,) * len(batch) + (length,))
-    return ids if offset is None else ids + offset[..., None]
+    if offset is None:
+        return ids
+    offset = jnp.asarray(offset)
+    if not jnp.issubdtype(offset.dtype, jnp.integer):
+        raise TypeError(f"an offset must be an integer or an array of them, got {offset.dtype}")
+    if offset.shape not in ((), batch):
+        raise ValueError(f"an offset must be one integer or have the batch shape {batch}, got {offset.shape}")
+    return ids + offset.astype(jnp.int32).reshape(*(offset.shape or (1,) * len(batch)), 1)
 
 
 def sinusoidal_table(length: int, d_model: int) -> Float[Array, "L D"]:
@@ -47,17 +54,17 @@ def sinusoidal(positions: Integer[Array, "*B"], d_model: int, dtype=jnp.float32)
 
 def add_positions(
     x: Float[Array, "*B T D"],
+    positions: Integer[Array, "..."],
     *,
     kind: Positions,
     embedding: Float[Array, "L D"] | None = None,
-    offset: Integer[Array, "*B"] | None = None,
 ) -> Float[Array, "*B T D"]:
     """x plus its absolute encoding, sinusoidal or learned; other kinds act elsewhere and leave x as it is.
 
-    A position beyond a learned table raises, and gives NaN under jit.
+    `positions` is `[*B, T]`, 1 where it broadcasts. One beyond a learned table raises, and gives NaN under jit.
     """
     if kind == "sinusoidal":
-        return x + sinusoidal(position_ids(x, offset), x.shape[-1], x.dtype)
+        return x + sinusoidal(positions, x.shape[-1], x.dtype)
     if kind == "learned":
         if embedding is None:
             raise ValueError("learned positions need their embedding table, got none")
@@ -66,7 +73,7 @@ def add_positions(
                 f"a learned table of max_length={embedding.shape[0]} has no position for {x.shape[-2]} tokens; "
                 "shorten the input or raise max_length"
             )
-        return x + learned(position_ids(x, offset), embedding).astype(x.dtype)
+        return x + learned(positions, embedding).astype(x.dtype)
     return x
 
 
@@ -74,22 +81,6 @@ def learned(positions: Integer[Array, "*B"], embedding: Float[Array, "L D"]) -> 
     """Rows of a learned table. A position that it lacks raises, and gives NaN under jit."""
     check_tokens(positions, embedding.shape[0], "positions")
     return embed(positions, embedding)
-
-
-def rotary(
-    x: Float[Array, "*B T N H"], positions: Integer[Array, "..."], *, theta: float = 10_000.0
-) -> Float[Array, "*B T N H"]:
-    """Rotates the pair (x_i, x_(i + H/2)) by position * theta^(-2i/H) (Su et al. 2021, half-split layout).
-
-    `positions` is `[*B, T]`, 1 where it broadcasts. Products of rotated queries and keys depend on their
-    distance alone. ValueError for an odd H.
-    """
-    if x.shape[-1] % 2:
-        raise ValueError(f"rotary positions need an even head width, got H={x.shape[-1]}")
-    dtype = wide_dtype(x)
-    sin, cos = sin_cos(positions[..., None], inverse_frequencies(x.shape[-1], theta), dtype)
-    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 @functools.cache
@@ -105,6 +96,8 @@ def sin_cos(
 
     `dtype` is float32 or float64.
     """
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
     bits = 8 * jnp.dtype(dtype).itemsize
     unsigned, signed = (jnp.uint64, jnp.int64) if bits == 64 else (jnp.uint32, jnp.int32)
     # p f = p whole + (p mod 2^16) rest + (p div 2^16) (high + low), where whole and high are integers, so that

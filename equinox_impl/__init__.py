@@ -5,6 +5,7 @@ from equinox_impl.attention import MultiHeadAttention
 from equinox_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
 from equinox_impl.decoding import evaluation, generate
 from equinox_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
+from equinox_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
 from equinox_impl.stacks import Decoder, Encoder
 from equinox_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
 from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
@@ -25,9 +26,12 @@ __all__ = [
     "MultiHeadAttention",
     "PositionEmbedding",
     "RMSNorm",
+    "ShawPositions",
+    "T5Positions",
     "Trainer",
     "Transformer",
     "TransformerConfig",
+    "TransformerXLPositions",
     "Unembedding",
     "eval_step",
     "evaluation",

@@ -3,47 +3,66 @@
 import functools
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from core.attention import attention_with_weights, merge_heads, split_heads
+from core.attention import Rules, attention_with_weights, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
 from core.config import TransformerConfig
 from core.layers import site_keys
-from core.positions import position_ids, rotary
-from equinox_impl.layers import Dropout, Linear
+from core.masks import Mask, Offset, causal_or_prefix, combine
+from core.positions import position_ids
+from core.relative import ALiBi, Relative
+from core.rotary import rotary, rotary_settings
+from equinox_impl.layers import Dropout, LayerNorm, Linear, RMSNorm, norm_layer
+from equinox_impl.relative import ShawPositions, TransformerXLPositions
 
 
 class MultiHeadAttention(eqx.Module):
     """Attention of x to itself or to a memory (Vaswani et al. 2017, section 3.2.2).
 
-    Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Rotary positions turn the
-    queries and keys of self-attention only.
+    Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Positions and the window act in
+    self-attention only, so a module for memories has `positions=False`.
     """
 
     config: TransformerConfig = eqx.field(static=True)
     dropout: Dropout
+    k_norm: LayerNorm | RMSNorm | None
     k_proj: Linear
     o_proj: Linear
+    q_norm: LayerNorm | RMSNorm | None
     q_proj: Linear
+    relative: ShawPositions | TransformerXLPositions | None
+    sinks: Float[Array, "N"] | None
     v_proj: Linear
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, *, positions: bool = True, key: PRNGKeyArray):
         linear = functools.partial(Linear, use_bias=config.attention_bias, param_dtype=config.param_dtype)
-        width, kv_width = config.d_model, config.kv_heads * config.head_dim
-        keys = iter(site_keys(key, 4))
+        heads, kv_heads, width, value_width = config.num_heads, config.kv_heads, config.head_dim, config.value_width
+        keys = iter(site_keys(key, 5))
         self.config = config
         self.dropout = Dropout(config.attention_dropout_rate)
-        self.k_proj = linear(config.d_model, kv_width, key=next(keys))
-        self.o_proj = linear(width, config.d_model, key=next(keys))
-        self.q_proj = linear(config.d_model, width, key=next(keys))
-        self.v_proj = linear(config.d_model, kv_width, key=next(keys))
+        self.k_norm = norm_layer(config, width) if config.qk_norm else None
+        self.k_proj = linear(config.d_model, kv_heads * width, key=next(keys))
+        self.o_proj = linear(heads * value_width, config.d_model, key=next(keys))
+        self.q_norm = norm_layer(config, width) if config.qk_norm else None
+        self.q_proj = linear(config.d_model, heads * width, key=next(keys))
+        self.relative = None
+        if positions and config.positions == "shaw":
+            self.relative = ShawPositions(config, key=next(keys))
+        elif positions and config.positions == "transformer_xl":
+            self.relative = TransformerXLPositions(config, key=next(keys))
+        self.sinks = None
+        if config.attention_sinks:
+            self.sinks = jnp.zeros(heads, jnp.dtype(config.param_dtype))
+        self.v_proj = linear(config.d_model, kv_heads * value_width, key=next(keys))
 
     def __call__(
         self,
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | KeysValues | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B T D"]:
@@ -55,31 +74,56 @@ class MultiHeadAttention(eqx.Module):
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | KeysValues | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
+        prefix: Offset | None = None,
+        relative: Relative | None = None,
+        history: Float[Array, "*B M D"] | None = None,
         cache: KVCache | None = None,
         return_weights: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*B T D"], KVCache | Float[Array, "*B N T S"] | None]:
-        """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`."""
-        if cache is not None and (memory is not None or mask is not None or return_weights):
-            raise ValueError("attention with a cache is causal self-attention: memory, mask and weights go without")
+        """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`.
+
+        With `causal`, every query sees the first `prefix` keys nevertheless. `relative` is a relative encoding that
+        the stack shares, `history` what x is a continuation of: keys and values before its own.
+        """
+        if memory is not None and (history is not None or cache is not None):
+            raise ValueError("a memory is attended to as it is: history and cache go without")
+        if cache is not None and (mask is not None or history is not None or return_weights):
+            raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
         q = split_heads(self.q_proj(x), self.config.num_heads)
-        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(x if memory is None else memory)
-        if self.config.positions == "rotary" and memory is None:
-            positions = position_ids(x, None if cache is None else cache.length)
-            q, k = (rotary(heads, positions, theta=self.config.rotary_theta) for heads in (q, k))
+        q = q if self.q_norm is None else self.q_norm(q)
+        read = x if history is None else jnp.concatenate([history, x], axis=-2)
+        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
+        rules = self.rules()
+        if memory is None:
+            before = None if cache is None else cache.length
+            rules["q_offset"] = 0 if history is None else history.shape[-2]
+            rules["relative"] = relative if self.relative is None else self.relative()
+            rules["window"] = self.config.attention_window
+            if self.config.positions == "alibi":
+                rules["relative"] = ALiBi()
+            if self.config.positions == "rotary":
+                settings = rotary_settings(self.config)
+                q = rotary(q, position_ids(x, rules["q_offset"] if before is None else before), **settings)
+                k = rotary(k, position_ids(read, before), **settings)
         if cache is not None:
-            out, extra = cached_attention(q, k, v, cache)
+            out, extra = cached_attention(q, k, v, cache, prefix=prefix, **rules)
         else:
+            rules["mask"] = combine(mask, causal_or_prefix(prefix=prefix) if causal else None)
             drop_key, rate = self.dropout.site_key(key), self.dropout.rate
-            out, weights = attention_with_weights(
-                q, k, v, mask=mask, causal=causal, dropout_key=drop_key, dropout_rate=rate
-            )
+            out, weights = attention_with_weights(q, k, v, dropout_key=drop_key, dropout_rate=rate, **rules)
             extra = weights if return_weights else None
         return self.o_proj(merge_heads(out)), extra
 
     def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:
         """The projected keys and values of a memory, to be computed once and read at every step."""
         heads = self.config.kv_heads
-        return KeysValues(split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads))
+        k, v = split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads)
+        return KeysValues(k if self.k_norm is None else self.k_norm(k), v)
+
+    def rules(self) -> Rules:
+        """What the configuration says of every attention, that to a memory too."""
+        config, sinks = self.config, self.sinks
+        return {"scale": config.attention_scale, "soft_cap": config.attention_soft_cap, "sinks": sinks}

@@ -1,5 +1,6 @@
 """Evaluation mode, and jitted, cached generation with an Equinox model."""
 
+import functools
 from typing import TypeVar
 
 import equinox as eqx
@@ -22,6 +23,7 @@ def generate(
     source: Integer[Array, "*B S"],
     *,
     source_mask: Bool[Array, "*B S"] | None = None,
+    prefix: bool = False,
     max_length: int,
     bos_id: int = BOS,
     eos_id: int = EOS,
@@ -29,7 +31,8 @@ def generate(
 ) -> Integer[Array, "*B L"]:
     """The likeliest next token, again and again: L = max_length tokens a row, `eos_id`, then padding.
 
-    A decoder-only model continues the prompt `source`, whose rows have their real tokens first. Dropout is off.
+    A decoder-only model continues the prompt `source`, whose rows have their real tokens first; with
+    `prefix` the prompt's tokens see each other. Dropout is off.
 
     >>> config = TransformerConfig(source_vocab_size=9, target_vocab_size=9, d_model=8, num_heads=2, d_ff=16)
     >>> model = Transformer(config, key=jax.random.key(0))
@@ -42,12 +45,15 @@ def generate(
         check_tokens(source, model.config.vocab_size("target"), "source")
         prompt_lengths(source_mask, source)
     else:
+        if prefix:
+            raise ValueError("prefix is for decoder-only models; the tokens of an encoder see each other anyway")
         check_tokens(source, model.config.vocab_size("source"), "source")
-    return _generate(model, source, source_mask, max_length=int(max_length), **ids)
+    return _generate(model, source, source_mask, prefix=bool(prefix), max_length=int(max_length), **ids)
 
 
 @eqx.filter_jit
-def _generate(model, source, source_mask, *, max_length, bos_id, eos_id, pad_id):
+def _generate(model, source, source_mask, *, prefix, max_length, bos_id, eos_id, pad_id):
     model = evaluation(model)
-    tokens, cache = model.start(source, source_mask=source_mask, max_length=max_length, bos_id=bos_id)
+    start = functools.partial(model.start, prefix=True) if prefix else model.start
+    tokens, cache = start(source, source_mask=source_mask, max_length=max_length, bos_id=bos_id)
     return greedy(model.decode_step, tokens, cache, max_length=max_length, eos_id=eos_id, pad_id=pad_id)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import Positions, TransformerConfig, check_rate
 from core.layers import (
-    dropout,
+    branch_dropout,
     dropout_key,
     embed,
     embedding_init,
@@ -21,7 +21,7 @@ from core.layers import (
     site_keys,
     unembed,
 )
-from core.positions import add_positions
+from core.positions import add_positions, position_ids
 
 
 class Linear(eqx.Module):
@@ -77,10 +77,10 @@ class RMSNorm(eqx.Module):
         return rms_norm(x, self.scale, epsilon=self.epsilon)
 
 
-def norm_layer(config: TransformerConfig) -> LayerNorm | RMSNorm:
+def norm_layer(config: TransformerConfig, features: int) -> LayerNorm | RMSNorm:
     """The norm that the configuration names."""
     layer = LayerNorm if config.norm == "layer_norm" else RMSNorm
-    return layer(config.d_model, epsilon=config.norm_epsilon, param_dtype=config.param_dtype)
+    return layer(features, epsilon=config.norm_epsilon, param_dtype=config.param_dtype)
 
 
 class Embedding(eqx.Module):
@@ -131,25 +131,38 @@ class PositionEmbedding(eqx.Module):
             self.embedding = embedding_init(table_key, shape, jnp.dtype(config.param_dtype))
 
     def __call__(
-        self, x: Float[Array, "*B T D"], *, offset: Integer[Array, "*B"] | None = None, key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "*B T D"],
+        *,
+        positions: Integer[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B T D"]:
-        return add_positions(x, kind=self.kind, embedding=self.embedding, offset=offset)
+        """Positions `[*B, T]`, 1 where they broadcast; None: from 0 on."""
+        table = self.embedding
+        return add_positions(x, position_ids(x) if positions is None else positions, kind=self.kind, embedding=table)
 
 
 class Dropout(eqx.Module):
-    """Dropout by a key given at the call. With `inference` the identity."""
+    """Dropout by a key given at the call. With `inference` the identity.
 
+    `depth_rate` is the rate at which a whole example is dropped, for the branch of a residual.
+    """
+
+    depth_rate: float = eqx.field(static=True)
     inference: bool
     rate: float = eqx.field(static=True)
 
-    def __init__(self, rate: float, *, inference: bool = False):
+    def __init__(self, rate: float, *, depth_rate: float = 0.0, inference: bool = False):
         check_rate("the dropout rate", rate)
+        check_rate("the stochastic depth rate", depth_rate)
+        self.depth_rate = depth_rate
         self.inference = inference
         self.rate = rate
 
     def __call__(self, x: Float[Array, "*S"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*S"]:
-        return dropout(x, self.rate, key=self.site_key(key))
+        return branch_dropout(x, self.rate, self.depth_rate, key=self.site_key(key))
 
     def site_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
         """The key to use here and now: None in inference; ValueError if training lacks one."""
-        return dropout_key(key, rate=self.rate, deterministic=self.inference)
+        rate = max(self.rate, self.depth_rate)
+        return dropout_key(key, rate=rate, deterministic=self.inference)

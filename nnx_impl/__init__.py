@@ -5,6 +5,7 @@ from nnx_impl.attention import MultiHeadAttention
 from nnx_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
 from nnx_impl.decoding import evaluation, generate
 from nnx_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
+from nnx_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
 from nnx_impl.stacks import Decoder, Encoder
 from nnx_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
 from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
@@ -25,9 +26,12 @@ __all__ = [
     "MultiHeadAttention",
     "PositionEmbedding",
     "RMSNorm",
+    "ShawPositions",
+    "T5Positions",
     "Trainer",
     "Transformer",
     "TransformerConfig",
+    "TransformerXLPositions",
     "Unembedding",
     "eval_step",
     "evaluation",

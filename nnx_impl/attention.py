@@ -2,40 +2,56 @@
 
 import functools
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from core.attention import attention_with_weights, merge_heads, split_heads
+from core.attention import Rules, attention_with_weights, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
 from core.config import TransformerConfig
-from core.positions import position_ids, rotary
-from nnx_impl.layers import Dropout, Linear, Rngs
+from core.masks import Mask, Offset, causal_or_prefix, combine
+from core.positions import position_ids
+from core.relative import ALiBi, Relative
+from core.rotary import rotary, rotary_settings
+from nnx_impl.layers import Dropout, Linear, Rngs, norm_layer, sharded
+from nnx_impl.relative import ShawPositions, TransformerXLPositions
 
 
 class MultiHeadAttention(nnx.Module):
     """Attention of x to itself or to a memory (Vaswani et al. 2017, section 3.2.2).
 
-    Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Rotary positions turn the
-    queries and keys of self-attention only.
+    Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Positions and the window act in
+    self-attention only, so a module for memories has `positions=False`.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, positions: bool = True, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=config.attention_bias, param_dtype=config.param_dtype)
         inward, outward = ("embed", "heads"), ("heads", "embed")
-        width, kv_width = config.d_model, config.kv_heads * config.head_dim
+        heads, kv_heads, width, value_width = config.num_heads, config.kv_heads, config.head_dim, config.value_width
         self.config = config
         self.dropout = Dropout(config.attention_dropout_rate)
-        self.k_proj = linear(config.d_model, kv_width, axes=inward, rngs=rngs.fork())
-        self.o_proj = linear(width, config.d_model, axes=outward, rngs=rngs.fork())
-        self.q_proj = linear(config.d_model, width, axes=inward, rngs=rngs.fork())
-        self.v_proj = linear(config.d_model, kv_width, axes=inward, rngs=rngs.fork())
+        self.k_norm = nnx.data(norm_layer(config, width, axes=("head",)) if config.qk_norm else None)
+        self.k_proj = linear(config.d_model, kv_heads * width, axes=inward, rngs=rngs.fork())
+        self.o_proj = linear(heads * value_width, config.d_model, axes=outward, rngs=rngs.fork())
+        self.q_norm = nnx.data(norm_layer(config, width, axes=("head",)) if config.qk_norm else None)
+        self.q_proj = linear(config.d_model, heads * width, axes=inward, rngs=rngs.fork())
+        self.relative = nnx.data(None)
+        if positions and config.positions == "shaw":
+            self.relative = ShawPositions(config, rngs=rngs.fork())
+        elif positions and config.positions == "transformer_xl":
+            self.relative = TransformerXLPositions(config, rngs=rngs.fork())
+        self.sinks = nnx.data(None)
+        if config.attention_sinks:
+            zeros = jnp.zeros(heads, jnp.dtype(config.param_dtype))
+            self.sinks = nnx.Param(zeros, **sharded("heads"))
+        self.v_proj = linear(config.d_model, kv_heads * value_width, axes=inward, rngs=rngs.fork())
 
     def __call__(
         self,
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | KeysValues | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B T D"]:
@@ -47,31 +63,56 @@ class MultiHeadAttention(nnx.Module):
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | KeysValues | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
+        prefix: Offset | None = None,
+        relative: Relative | None = None,
+        history: Float[Array, "*B M D"] | None = None,
         cache: KVCache | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T D"], KVCache | Float[Array, "*B N T S"] | None]:
-        """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`."""
-        if cache is not None and (memory is not None or mask is not None or return_weights):
-            raise ValueError("attention with a cache is causal self-attention: memory, mask and weights go without")
+        """The same, and what was asked for besides: the cache with x appended, or the weights `[*B, N, T, S]`.
+
+        With `causal`, every query sees the first `prefix` keys nevertheless. `relative` is a relative encoding that
+        the stack shares, `history` what x is a continuation of: keys and values before its own.
+        """
+        if memory is not None and (history is not None or cache is not None):
+            raise ValueError("a memory is attended to as it is: history and cache go without")
+        if cache is not None and (mask is not None or history is not None or return_weights):
+            raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
         q = split_heads(self.q_proj(x), self.config.num_heads)
-        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(x if memory is None else memory)
-        if self.config.positions == "rotary" and memory is None:
-            positions = position_ids(x, None if cache is None else cache.length)
-            q, k = (rotary(heads, positions, theta=self.config.rotary_theta) for heads in (q, k))
+        q = q if self.q_norm is None else self.q_norm(q)
+        read = x if history is None else jnp.concatenate([history, x], axis=-2)
+        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
+        rules = self.rules()
+        if memory is None:
+            before = None if cache is None else cache.length
+            rules["q_offset"] = 0 if history is None else history.shape[-2]
+            rules["relative"] = relative if self.relative is None else self.relative()
+            rules["window"] = self.config.attention_window
+            if self.config.positions == "alibi":
+                rules["relative"] = ALiBi()
+            if self.config.positions == "rotary":
+                settings = rotary_settings(self.config)
+                q = rotary(q, position_ids(x, rules["q_offset"] if before is None else before), **settings)
+                k = rotary(k, position_ids(read, before), **settings)
         if cache is not None:
-            out, extra = cached_attention(q, k, v, cache)
+            out, extra = cached_attention(q, k, v, cache, prefix=prefix, **rules)
         else:
+            rules["mask"] = combine(mask, causal_or_prefix(prefix=prefix) if causal else None)
             drop_key, rate = self.dropout.site_key(rngs), self.dropout.rate
-            out, weights = attention_with_weights(
-                q, k, v, mask=mask, causal=causal, dropout_key=drop_key, dropout_rate=rate
-            )
+            out, weights = attention_with_weights(q, k, v, dropout_key=drop_key, dropout_rate=rate, **rules)
             extra = weights if return_weights else None
         return self.o_proj(merge_heads(out)), extra
 
     def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:
         """The projected keys and values of a memory, to be computed once and read at every step."""
         heads = self.config.kv_heads
-        return KeysValues(split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads))
+        k, v = split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads)
+        return KeysValues(k if self.k_norm is None else self.k_norm(k), v)
+
+    def rules(self) -> Rules:
+        """What the configuration says of every attention, that to a memory too."""
+        config, sinks = self.config, None if self.sinks is None else self.sinks[...]
+        return {"scale": config.attention_scale, "soft_cap": config.attention_soft_cap, "sinks": sinks}

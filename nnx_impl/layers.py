@@ -7,8 +7,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import Positions, TransformerConfig, check_rate
-from core.layers import dropout, dropout_key, embed, embedding_init, kernel_init, layer_norm, linear, rms_norm, unembed
-from core.positions import add_positions
+from core.layers import (
+    branch_dropout,
+    dropout_key,
+    embed,
+    embedding_init,
+    kernel_init,
+    layer_norm,
+    linear,
+    rms_norm,
+    unembed,
+)
+from core.positions import add_positions, position_ids
 
 Rngs = nnx.Rngs | nnx.RngStream | PRNGKeyArray
 
@@ -55,10 +65,12 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis; scale `[D]`, bias `[D]`."""
 
-    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
-        self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)), **sharded("embed"))
+    def __init__(
+        self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32", axes: tuple[str] = ("embed",)
+    ):
+        self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)), **sharded(*axes))
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded("embed"))
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded(*axes))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
@@ -67,18 +79,20 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root mean square normalisation over the last axis; scale `[D]`."""
 
-    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+    def __init__(
+        self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32", axes: tuple[str] = ("embed",)
+    ):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded("embed"))
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded(*axes))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return rms_norm(x, self.scale[...], epsilon=self.epsilon)
 
 
-def norm_layer(config: TransformerConfig) -> LayerNorm | RMSNorm:
+def norm_layer(config: TransformerConfig, features: int, *, axes: tuple[str] = ("embed",)) -> LayerNorm | RMSNorm:
     """The norm that the configuration names."""
     layer = LayerNorm if config.norm == "layer_norm" else RMSNorm
-    return layer(config.d_model, epsilon=config.norm_epsilon, param_dtype=config.param_dtype)
+    return layer(features, epsilon=config.norm_epsilon, param_dtype=config.param_dtype, axes=axes)
 
 
 class Embedding(nnx.Module):
@@ -122,26 +136,33 @@ class PositionEmbedding(nnx.Module):
             self.embedding = nnx.Param(table, **sharded("position", "embed"))
 
     def __call__(
-        self, x: Float[Array, "*B T D"], *, offset: Integer[Array, "*B"] | None = None
+        self, x: Float[Array, "*B T D"], *, positions: Integer[Array, "..."] | None = None
     ) -> Float[Array, "*B T D"]:
+        """Positions `[*B, T]`, 1 where they broadcast; None: from 0 on."""
         table = None if self.embedding is None else self.embedding[...]
-        return add_positions(x, kind=self.kind, embedding=table, offset=offset)
+        return add_positions(x, position_ids(x) if positions is None else positions, kind=self.kind, embedding=table)
 
 
 class Dropout(nnx.Module):
-    """Dropout by a key given at the call; nothing random is stored. In evaluation the identity."""
+    """Dropout by a key given at the call; nothing random is stored. In evaluation the identity.
 
-    def __init__(self, rate: float, *, deterministic: bool = False):
+    `depth_rate` is the rate at which a whole example is dropped, for the branch of a residual.
+    """
+
+    def __init__(self, rate: float, *, depth_rate: float = 0.0, deterministic: bool = False):
         check_rate("the dropout rate", rate)
+        check_rate("the stochastic depth rate", depth_rate)
+        self.depth_rate = depth_rate
         self.deterministic = deterministic
         self.rate = rate
 
     def __call__(self, x: Float[Array, "*S"], *, rngs: Rngs | None = None) -> Float[Array, "*S"]:
-        return dropout(x, self.rate, key=self.site_key(rngs))
+        return branch_dropout(x, self.rate, self.depth_rate, key=self.site_key(rngs))
 
     def site_key(self, rngs: Rngs | None) -> PRNGKeyArray | None:
         """The key to use here and now: None in evaluation; ValueError if training lacks one."""
-        return dropout_key(call_key(rngs, self), rate=self.rate, deterministic=self.deterministic)
+        rate = max(self.rate, self.depth_rate)
+        return dropout_key(call_key(rngs, self), rate=rate, deterministic=self.deterministic)
 
     def set_view(self, deterministic: bool | None = None):
         """Read by `nnx.view`.

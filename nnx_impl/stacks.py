@@ -1,5 +1,9 @@
 """Encoder and decoder: stacks of blocks, as Flax NNX modules."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
@@ -7,22 +11,32 @@ from jaxtyping import Array, Bool, Float, Integer
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
 from core.config import TransformerConfig
 from core.layers import site_keys
+from core.masks import Mask, Offset, Padding
+from core.positions import position_ids
+from core.relative import extend_history
 from nnx_impl.blocks import DecoderBlock, EncoderBlock
 from nnx_impl.layers import Dropout, PositionEmbedding, Rngs, call_key, norm_layer
+from nnx_impl.relative import T5Positions
 
 
 class Encoder(nnx.Module):
     """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([EncoderBlock(config, rngs=rngs.fork()) for _ in range(config.num_encoder_layers)])
+        layers = config.num_encoder_layers
+        self.blocks = nnx.List(
+            [EncoderBlock(config, depth_rate=config.depth_rate(i, layers), rngs=rngs.fork()) for i in range(layers)]
+        )
         self.config = config
-        self.dropout = Dropout(config.dropout_rate)
-        self.norm = norm_layer(config) if config.norm_order == "pre" else nnx.data(None)
+        self.dropout = Dropout(config.stack_dropout_rate)
+        self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
         self.position_embedding = PositionEmbedding(config, rngs=rngs.fork())
+        self.relative = nnx.data(None)
+        if config.positions == "t5":
+            self.relative = T5Positions(config, bidirectional=True, rngs=rngs.fork())
 
     def __call__(
-        self, x: Float[Array, "*B S D"], *, mask: Bool[Array, "..."] | None = None, rngs: Rngs | None = None
+        self, x: Float[Array, "*B S D"], *, mask: Mask | Bool[Array, "..."] | None = None, rngs: Rngs | None = None
     ) -> Float[Array, "*B S D"]:
         """The memory that a decoder reads; `mask` broadcasts to `[*B, N, S, S]`."""
         return self.run(x, mask=mask, rngs=rngs)[0]
@@ -31,17 +45,21 @@ class Encoder(nnx.Module):
         self,
         x: Float[Array, "*B S D"],
         *,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        positions: Integer[Array, "*B S"] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B S D"], dict[str, Array]]:
-        """The same, and each block's attention weights by name if asked for."""
+    ) -> tuple[Float[Array, "*B S D"], dict[str, Any]]:
+        """The same, and each block's attention weights by name if asked for.
+
+        `positions` are for absolute encodings, where they do not count from 0 on.
+        """
         keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
-        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
-        x = self.dropout(x, rngs=keys[0])
+        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
+        x, relative = self.dropout(x, rngs=keys[0]), None if self.relative is None else self.relative()
         extras = {}
         for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
-            x, extra = block.run(x, mask=mask, return_weights=return_weights, rngs=key)
+            x, extra = block.run(x, mask=mask, relative=relative, return_weights=return_weights, rngs=key)
             extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
         return x if self.norm is None else self.norm(x), extras
 
@@ -50,24 +68,26 @@ class Decoder(nnx.Module):
     """A stack of decoder blocks over vectors: `[*B, T, D]`, `[*B, S, D] -> [*B, T, D]`."""
 
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, rngs: nnx.Rngs):
+        block = functools.partial(DecoderBlock, config, cross_attention=cross_attention)
+        layers = config.num_decoder_layers
         self.blocks = nnx.List(
-            [
-                DecoderBlock(config, cross_attention=cross_attention, rngs=rngs.fork())
-                for _ in range(config.num_decoder_layers)
-            ]
+            [block(depth_rate=config.depth_rate(i, layers), rngs=rngs.fork()) for i in range(layers)]
         )
         self.config = config
-        self.dropout = Dropout(config.dropout_rate)
-        self.norm = norm_layer(config) if config.norm_order == "pre" else nnx.data(None)
+        self.dropout = Dropout(config.stack_dropout_rate)
+        self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
         self.position_embedding = PositionEmbedding(config, rngs=rngs.fork())
+        self.relative = nnx.data(None)
+        if config.positions == "t5":
+            self.relative = T5Positions(config, bidirectional=False, rngs=rngs.fork())
 
     def __call__(
         self,
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
-        memory_mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        memory_mask: Mask | Bool[Array, "..."] | None = None,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B T D"]:
         """The decoder's output; `mask` broadcasts to `[*B, N, T, T]`, `memory_mask` to `[*B, N, T, S]`."""
@@ -78,20 +98,47 @@ class Decoder(nnx.Module):
         x: Float[Array, "*B T D"],
         memory: Float[Array, "*B S D"] | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
-        memory_mask: Bool[Array, "..."] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        memory_mask: Mask | Bool[Array, "..."] | None = None,
+        positions: Integer[Array, "*B T"] | None = None,
+        prefix: Offset | None = None,
+        history: tuple[Float[Array, "*B M D"], ...] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B T D"], dict[str, Array]]:
-        """The same, and each block's attention weights by name if asked for."""
+    ) -> tuple[Float[Array, "*B T D"], dict[str, Any]]:
+        """The same, and each block's attention weights by name if asked for.
+
+        `positions` are for absolute encodings, where they do not count from 0 on; the first `prefix` tokens see each
+        other. A configuration with a history_length adds "history", to be given with the segment that follows: each
+        block's last inputs, which its attention reads as if they stood before x, without gradients to them.
+        """
         keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
-        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)))
-        x = self.dropout(x, rngs=keys[0])
-        extras = {}
-        for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
-            x, extra = block.run(x, memory, mask=mask, memory_mask=memory_mask, return_weights=return_weights, rngs=key)
+        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
+        x, relative = self.dropout(x, rngs=keys[0]), None if self.relative is None else self.relative()
+        histories = self._histories(x, history)
+        extras, kept = {}, []
+        for i, (block, past, key) in enumerate(zip(self.blocks, histories, keys[1:], strict=True)):
+            if self.config.history_length:
+                kept.append(extend_history(x[..., :0, :] if past is None else past, x, self.config.history_length))
+            x, extra = block.run(
+                x, memory, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
+                return_weights=return_weights, rngs=key,
+            )  # fmt: skip
             extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
-        return x if self.norm is None else self.norm(x), extras
+        x = x if self.norm is None else self.norm(x)
+        return x, extras | {"history": tuple(kept)} if self.config.history_length else extras
+
+    def _histories(self, x: Array, history: tuple[Array, ...] | None) -> tuple[Array | None, ...]:
+        if history is None:
+            return (None,) * len(self.blocks)
+        if not self.config.history_length:
+            raise ValueError("a history needs history_length in the configuration, got 0")
+        if len(history) != len(self.blocks):
+            raise ValueError(f"history holds each block's inputs, {len(self.blocks)} here, got {len(history)}")
+        if any((*past.shape[:-2], past.shape[-1]) != (*x.shape[:-2], x.shape[-1]) for past in history):
+            shapes = [tuple(past.shape) for past in history]
+            raise ValueError(f"a history must fit its segment {x.shape} in all but the length, got {shapes}")
+        return tuple(jax.lax.stop_gradient(past.astype(x.dtype)) for past in history)
 
     def init_cache(
         self,
@@ -99,16 +146,21 @@ class Decoder(nnx.Module):
         capacity: int,
         memory: Float[Array, "*B S D"] | None = None,
         *,
-        memory_mask: Bool[Array, "*B 1 1 S"] | None = None,
+        memory_mask: Padding | None = None,
+        prefix: Integer[Array, "*B"] | None = None,
     ) -> DecoderCache:
-        """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once."""
+        """An empty cache of `capacity` tokens a row, with the memory's keys and values computed once.
+
+        The first `prefix` tokens of each row, which come in one step, see each other.
+        """
         if self.config.positions == "learned" and capacity > self.config.max_length:
             raise ValueError(
                 f"learned positions end at max_length={self.config.max_length}, the cache was to hold {capacity}; "
                 "generate less or raise max_length in the configuration"
             )
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        slots = [empty_keys_values(batch, capacity, config.kv_heads, config.head_dim, dtype) for _ in self.blocks]
+        empty = functools.partial(empty_keys_values, batch, capacity, config.kv_heads, config.head_dim, dtype)
+        slots = [empty(value_width=config.value_width) for _ in self.blocks]
         projected = (
             ()
             if memory is None
@@ -116,17 +168,22 @@ class Decoder(nnx.Module):
                 block.cross_attention.keys_values(memory) for block in self.blocks if block.cross_attention is not None
             )
         )
-        return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32))
+        return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32), prefix)
 
     def step(
         self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Integer[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
         """The output at T more tokens, of which the first `count` of each row are real."""
-        x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), offset=cache.length)
+        x = x.astype(jnp.dtype(self.config.dtype))
+        x = self.position_embedding(x, positions=position_ids(x, cache.length))
+        relative = None if self.relative is None else self.relative()
         memories: tuple[KeysValues | None, ...] = cache.memory or (None,) * len(self.blocks)
         grown = []
         for block, slots, memory in zip(self.blocks, cache.attention, memories, strict=True):
-            x, extra = block.run(x, memory, memory_mask=cache.memory_mask, cache=KVCache(slots, cache.length))
+            x, extra = block.run(
+                x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
+                cache=KVCache(slots, cache.length),
+            )  # fmt: skip
             grown.append(extra["attention"].keys_values)
         length = cache.length + (x.shape[-2] if count is None else count)
         x = x if self.norm is None else self.norm(x)

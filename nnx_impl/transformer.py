@@ -1,7 +1,7 @@
 """The encoder-decoder, the encoder-only and the decoder-only model, as Flax NNX modules."""
 
 import functools
-import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +11,7 @@ from core.cache import DecoderCache
 from core.config import TransformerConfig
 from core.decoding import BOS, prompt_lengths
 from core.layers import site_keys
-from core.masks import padding_mask
+from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
 from nnx_impl.layers import Embedding, Rngs, Unembedding, call_key
 from nnx_impl.stacks import Decoder, Encoder
 
@@ -28,7 +28,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         source, target = config.vocab_size("source"), config.vocab_size("target")
         self.config = config
-        table = functools.partial(Embedding, scale=math.sqrt(config.d_model), param_dtype=config.param_dtype)
+        table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
         self.decoder = Decoder(config, rngs=rngs.fork())
         self.encoder = Encoder(config, rngs=rngs.fork())
         self.output_proj = nnx.data(None)
@@ -46,10 +46,18 @@ class Transformer(nnx.Module):
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         target_mask: Bool[Array, "*B T"] | None = None,
+        source_segments: Integer[Array, "*B S"] | None = None,
+        target_segments: Integer[Array, "*B T"] | None = None,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B T V"]:
-        """Logits of the token after each target token; masks are True at real tokens."""
-        return self.run(source, target, source_mask=source_mask, target_mask=target_mask, rngs=rngs)[0]
+        """Logits of the token after each target token; masks are True at real tokens.
+
+        Segment ids tell apart pairs that are packed into one row: a target reads the source of its own id.
+        """
+        return self.run(
+            source, target, source_mask=source_mask, target_mask=target_mask, source_segments=source_segments,
+            target_segments=target_segments, rngs=rngs,
+        )[0]  # fmt: skip
 
     def run(
         self,
@@ -58,31 +66,35 @@ class Transformer(nnx.Module):
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
         target_mask: Bool[Array, "*B T"] | None = None,
+        source_segments: Integer[Array, "*B S"] | None = None,
+        target_segments: Integer[Array, "*B T"] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
+    ) -> tuple[Float[Array, "*B T V"], dict[str, Any]]:
         """The same, and if asked for every attention's weights, before dropout, by the name of its module."""
         keys = site_keys(call_key(rngs, self.encoder.dropout), 2)
-        memory_mask = padding_mask(source_mask, source.shape)
+        memory_mask, own = padding(source_mask, source.shape), segments(source_segments, source.shape)
         memory, encoder = self.encoder.run(
-            self.embed_source(source), mask=memory_mask, return_weights=return_weights, rngs=keys[0]
-        )
+            self.embed_source(source), mask=combine(memory_mask, own),
+            positions=None if source_segments is None else segment_positions(source_segments),
+            return_weights=return_weights, rngs=keys[0],
+        )  # fmt: skip
+        across = pair_segments(target_segments, source_segments)
         x, decoder = self.decoder.run(
-            self.target_embedding(target),
-            memory,
-            mask=padding_mask(target_mask, target.shape),
-            memory_mask=memory_mask,
-            return_weights=return_weights,
-            rngs=keys[1],
-        )
-        weights = {f"encoder.{name}": value for name, value in encoder.items()}
-        return self.logits(x), weights | {f"decoder.{name}": value for name, value in decoder.items()}
+            self.target_embedding(target), memory,
+            mask=combine(padding(target_mask, target.shape), segments(target_segments, target.shape)),
+            memory_mask=combine(memory_mask, across),
+            positions=None if target_segments is None else segment_positions(target_segments),
+            return_weights=return_weights, rngs=keys[1],
+        )  # fmt: skip
+        extras = {f"encoder.{name}": value for name, value in encoder.items()}
+        return self.logits(x), extras | {f"decoder.{name}": value for name, value in decoder.items()}
 
     def encode(
         self, source: Integer[Array, "*B S"], *, source_mask: Bool[Array, "*B S"] | None = None
     ) -> Float[Array, "*B S D"]:
         """The memory of a source, for use in evaluation."""
-        return self.encoder(self.embed_source(source), mask=padding_mask(source_mask, source.shape))
+        return self.encoder(self.embed_source(source), mask=padding(source_mask, source.shape))
 
     def start(
         self,
@@ -93,7 +105,7 @@ class Transformer(nnx.Module):
         bos_id: int = BOS,
     ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: each row's first token, and the cache that holds its source."""
-        memory, mask = self.encode(source, source_mask=source_mask), padding_mask(source_mask, source.shape)
+        memory, mask = self.encode(source, source_mask=source_mask), padding(source_mask, source.shape)
         cache = self.decoder.init_cache(source.shape[:-1], max_length, memory, memory_mask=mask)
         return jnp.full(source.shape[:-1], bos_id, jnp.int32), cache
 
@@ -119,9 +131,8 @@ class EncoderOnlyTransformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         vocab, width = config.vocab_size("source"), config.d_model
         self.config = config
-        self.embedding = Embedding(
-            vocab, width, scale=math.sqrt(width), param_dtype=config.param_dtype, rngs=rngs.fork()
-        )
+        table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
+        self.embedding = table(vocab, width, rngs=rngs.fork())
         self.encoder = Encoder(config, rngs=rngs.fork())
         self.output_proj = nnx.data(None)
         if config.tie_embeddings == "none":
@@ -132,23 +143,29 @@ class EncoderOnlyTransformer(nnx.Module):
         source: Integer[Array, "*B S"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
+        source_segments: Integer[Array, "*B S"] | None = None,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B S V"]:
-        """Logits at each token."""
-        return self.run(source, source_mask=source_mask, rngs=rngs)[0]
+        """Logits at each token; the mask is True at real ones, segment ids tell apart what is packed into one row."""
+        return self.run(source, source_mask=source_mask, source_segments=source_segments, rngs=rngs)[0]
 
     def run(
         self,
         source: Integer[Array, "*B S"],
         *,
         source_mask: Bool[Array, "*B S"] | None = None,
+        source_segments: Integer[Array, "*B S"] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B S V"], dict[str, Float[Array, "..."]]]:
+    ) -> tuple[Float[Array, "*B S V"], dict[str, Any]]:
         """The same, and if asked for every attention's weights by the name of its module."""
-        mask = padding_mask(source_mask, source.shape)
-        x, weights = self.encoder.run(self.embedding(source), mask=mask, return_weights=return_weights, rngs=rngs)
-        return self.logits(x), {f"encoder.{name}": value for name, value in weights.items()}
+        x, extras = self.encoder.run(
+            self.embedding(source),
+            mask=combine(padding(source_mask, source.shape), segments(source_segments, source.shape)),
+            positions=None if source_segments is None else segment_positions(source_segments),
+            return_weights=return_weights, rngs=rngs,
+        )  # fmt: skip
+        return self.logits(x), {f"encoder.{name}": value for name, value in extras.items()}
 
     def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
         """Over the source vocabulary, by the tied table or by a projection of its own."""
@@ -162,9 +179,8 @@ class DecoderOnlyTransformer(nnx.Module):
         vocab, width = config.vocab_size("target"), config.d_model
         self.config = config
         self.decoder = Decoder(config, cross_attention=False, rngs=rngs.fork())
-        self.embedding = Embedding(
-            vocab, width, scale=math.sqrt(width), param_dtype=config.param_dtype, rngs=rngs.fork()
-        )
+        table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
+        self.embedding = table(vocab, width, rngs=rngs.fork())
         self.output_proj = nnx.data(None)
         if config.tie_embeddings == "none":
             self.output_proj = Unembedding(width, vocab, param_dtype=config.param_dtype, rngs=rngs.fork())
@@ -174,38 +190,60 @@ class DecoderOnlyTransformer(nnx.Module):
         target: Integer[Array, "*B T"],
         *,
         target_mask: Bool[Array, "*B T"] | None = None,
+        target_segments: Integer[Array, "*B T"] | None = None,
+        prefix: Offset | None = None,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B T V"]:
-        """Logits of the token after each."""
-        return self.run(target, target_mask=target_mask, rngs=rngs)[0]
+        """Logits of the token after each; the mask is True at real ones, segment ids tell apart what is packed.
+
+        With `prefix`, one number or one a row, that many first tokens see each other (a prefix language model).
+        """
+        return self.run(
+            target, target_mask=target_mask, target_segments=target_segments, prefix=prefix, rngs=rngs
+        )[0]  # fmt: skip
 
     def run(
         self,
         target: Integer[Array, "*B T"],
         *,
         target_mask: Bool[Array, "*B T"] | None = None,
+        target_segments: Integer[Array, "*B T"] | None = None,
+        prefix: Offset | None = None,
+        history: tuple[Float[Array, "*B M D"], ...] | None = None,
         return_weights: bool = False,
         rngs: Rngs | None = None,
-    ) -> tuple[Float[Array, "*B T V"], dict[str, Float[Array, "..."]]]:
-        """The same, and if asked for every attention's weights by the name of its module."""
-        mask = padding_mask(target_mask, target.shape)
-        x, weights = self.decoder.run(self.embedding(target), mask=mask, return_weights=return_weights, rngs=rngs)
-        return self.logits(x), {f"decoder.{name}": value for name, value in weights.items()}
+    ) -> tuple[Float[Array, "*B T V"], dict[str, Any]]:
+        """The same, and if asked for every attention's weights by the name of its module.
+
+        A configuration with a history_length adds "decoder.history", which is `history` of the segment that follows.
+        """
+        mask = combine(padding(target_mask, target.shape), segments(target_segments, target.shape))
+        if history is not None and (mask is not None or prefix is not None):
+            raise ValueError("a history continues whole rows: masks, segments and prefix go without")
+        x, extras = self.decoder.run(
+            self.embedding(target), mask=mask, prefix=prefix, history=history,
+            positions=None if target_segments is None else segment_positions(target_segments),
+            return_weights=return_weights, rngs=rngs,
+        )  # fmt: skip
+        return self.logits(x), {f"decoder.{name}": value for name, value in extras.items()}
 
     def start(
         self,
         source: Integer[Array, "*B T"],
         *,
         source_mask: Bool[Array, "*B T"] | None = None,
+        prefix: bool = False,
         max_length: int,
         bos_id: int = BOS,
     ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: the prompt's last token, and the cache of those before it.
 
-        Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair.
+        Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair. With `prefix` its
+        tokens see each other.
         """
         lengths = prompt_lengths(source_mask, source)
-        cache = self.decoder.init_cache(source.shape[:-1], source.shape[-1] + max_length)
+        capacity = source.shape[-1] + max_length
+        cache = self.decoder.init_cache(source.shape[:-1], capacity, prefix=lengths if prefix else None)
         _, cache = self.decoder.step(self.embedding(source), cache, count=lengths - 1)
         return jnp.take_along_axis(source, lengths[..., None] - 1, axis=-1)[..., 0], cache
 

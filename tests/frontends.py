@@ -14,6 +14,25 @@ from core.config import TransformerConfig
 from core.losses import Batch
 
 FRONTENDS = {"nnx": nnx_impl, "equinox": equinox_impl}
+CONFIG = TransformerConfig(
+    source_vocab_size=11,
+    target_vocab_size=13,
+    d_model=8,
+    num_heads=2,
+    d_ff=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.5,
+)
+"""The smallest model with all of its parts."""
+LEARNED_DISTANCES = {
+    name: CONFIG.replace(
+        positions=name, relative_distance=5, relative_buckets=4, attention_sinks=True, qk_norm=True,
+        norm_order="sandwich", stochastic_depth_rate=0.25,
+    )
+    for name in ("shaw", "t5", "transformer_xl")
+}  # fmt: skip
+"""The same with relative positions that are learned, and with all other parameters that a choice adds."""
 
 
 def random_weights(config: TransformerConfig, seed: int, *, model_class: str = "Transformer") -> dict[str, Array]:

@@ -1,11 +1,11 @@
 """What the laws draw: small shapes in buckets, so that JAX compiles little, and bulk data by a seed."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from hypothesis import strategies as st
 
-from core.config import TransformerConfig
+from core.config import Activation, NormOrder, Positions, RotaryLayout, RotaryScaling, TransformerConfig
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -69,16 +69,31 @@ def configs(draw, **fixed) -> TransformerConfig:
         "max_length": 12,
         "dropout_rate": draw(st.sampled_from([0.0, 0.25])),
         "attention_dropout_rate": draw(st.sampled_from([0.0, 0.25])),
-        "activation": draw(st.sampled_from(["relu", "gelu", "swiglu"])),
+        "embedding_dropout_rate": draw(st.sampled_from([None, 0.5])),
+        "stochastic_depth_rate": draw(st.sampled_from([0.0, 0.25])),
+        "activation": draw(st.sampled_from(get_args(Activation))),
         "norm": draw(st.sampled_from(["layer_norm", "rms_norm"])),
-        "norm_order": draw(st.sampled_from(["post", "pre"])),
-        "positions": draw(st.sampled_from(["sinusoidal", "learned", "rotary", "none"])),
+        "norm_order": draw(st.sampled_from(get_args(NormOrder))),
+        "positions": draw(st.sampled_from(get_args(Positions))),
+        "relative_distance": 5,
+        "relative_buckets": 4,
+        "rotary_layout": draw(st.sampled_from(get_args(RotaryLayout))),
+        "rotary_dim": draw(st.sampled_from([None, 2])),
+        "rotary_scaling": draw(st.sampled_from(get_args(RotaryScaling))),
+        "rotary_factor": 4.0,
         "attention_bias": draw(st.booleans()),
+        "attention_scale": draw(st.sampled_from([None, 1.0])),
+        "attention_soft_cap": draw(st.sampled_from([None, 2.0])),
+        "attention_sinks": draw(st.booleans()),
+        "attention_window": draw(st.sampled_from([None, (2, 1)])),
+        "qk_norm": draw(st.booleans()),
         "feed_forward_bias": draw(st.booleans()),
         "tie_embeddings": draw(st.sampled_from(["none", "target", "all"])),
+        "scale_embeddings": draw(st.booleans()),
         "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
         "param_dtype": draw(st.sampled_from(["float32", "bfloat16"])),
     }
+    fields["parallel_residual"] = fields["norm_order"] != "post" and draw(st.booleans())
     fields |= fixed
     if fields["tie_embeddings"] == "all":
         fields["source_vocab_size"] = fields["target_vocab_size"]
@@ -143,3 +158,80 @@ def attention_cases(draw, shapes=attention_shapes, rules=RULES) -> AttentionCase
     if {"causal", "window"} & set(names):
         given["q_offset"] = rng.integers(-1, shape.S, shape.batch).astype("int32")
     return AttentionCase(shape, *qkv(shape, seed), given, allowed_cells(shape, given))
+
+
+LAST = 2**31 - 1  # positions are int32
+EDGES = [0, 1, 2, 1023, 1024, 4097, 2**16 + 1, 2**20 - 1, 2**20, 2**24 + 1, 2**30 + 3, LAST - 1, LAST]
+positions = st.one_of(st.sampled_from(EDGES), st.integers(0, 2**20), st.integers(0, LAST))
+far_and_near = st.sampled_from([4, 2**20, LAST - 8])
+
+
+def ids_up_to(last: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Distinct positions in no order, the last one among them."""
+    ids = np.random.default_rng([seed, 4]).integers(0, last, shape, endpoint=True).astype("int32")
+    ids[(-1,) * len(shape)] = last
+    return ids
+
+
+class Combination(NamedTuple):
+    """Options of attention that are given together, by name, and the shape they are given for."""
+
+    shape: AttentionShape
+    names: str
+    soft_cap: float | None = None
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.names or 'none'} {self.soft_cap} {self.scale}"
+
+
+COMBINATIONS = [  # every two options meet in one of them
+    Combination(SQUARE_SHAPES[0], ""),
+    Combination(SQUARE_SHAPES[2], "sinks causal alibi", soft_cap=0.7),
+    Combination(RECTANGULAR_SHAPES[0], "mask bias causal shaw", scale=0.3),
+    Combination(RECTANGULAR_SHAPES[1], "mask bias window sinks shaw", soft_cap=2.0),
+    Combination(RECTANGULAR_SHAPES[2], "mask bias window alibi", soft_cap=0.7, scale=1.5),
+    Combination(AttentionShape((1, 3), 5, 1, 2, 1, 7, 1), "bias causal sinks shaw window", scale=-0.8),
+    Combination(SQUARE_SHAPES[3], "mask causal sinks alibi", scale=0.3),
+]
+
+
+class Options(NamedTuple):
+    """The arrays of a combination, all numbers distinct; of None those that are not given."""
+
+    allowed: np.ndarray  # [*B, N, T, S]
+    offset: np.ndarray  # [*B]
+    real: np.ndarray | None = None  # [*B, S]
+    prefix: np.ndarray | None = None  # [*B]
+    cells: np.ndarray | None = None  # [*B, N, T, S]
+    bias: np.ndarray | None = None  # [*B, N, T, S]
+    sinks: np.ndarray | None = None  # [N]
+    key_rows: np.ndarray | None = None  # [5, H]
+    value_rows: np.ndarray | None = None  # [5, Hv]
+
+
+def options(combination: Combination, seed: int, dtype) -> Options:
+    """Row 0 of the mask, where there is one, is all False: its queries are dead."""
+    shape, names, rng = combination.shape, combination.names.split(), np.random.default_rng([seed, 4])
+    full, given, rules = (*shape.batch, shape.N, shape.T, shape.S), {}, {}
+    offset = np.zeros(shape.batch, "int32") if shape.T == shape.S else rng.integers(-1, shape.S, shape.batch, "int32")
+    if "mask" in names:
+        given["real"] = rng.random((*shape.batch, shape.S)) < 0.8
+        given["prefix"] = np.asarray(rng.integers(0, shape.S + 1, shape.batch, "int32"))
+        given["cells"] = rng.random(full) < 0.7
+        given["cells"][..., 0, :] = False
+        in_prefix = np.arange(shape.S) < given["prefix"][..., None, None, None]
+        rules["mask"] = given["real"][..., None, None, :] & (in_prefix | given["cells"])
+    if "bias" in names:
+        blocked = rng.random(full) < 0.2
+        given["bias"] = rules["bias"] = np.where(blocked, -np.inf, rng.standard_normal(full)).astype(dtype)
+    if "sinks" in names:
+        given["sinks"] = rng.standard_normal(shape.N).astype(dtype)
+    if "shaw" in names:
+        given["key_rows"] = rng.standard_normal((5, shape.H)).astype(dtype)
+        given["value_rows"] = rng.standard_normal((5, shape.Hv)).astype(dtype)
+    if "causal" in names:
+        rules["causal"] = True
+    if "window" in names:
+        rules["window"] = (2, 1)
+    return Options(allowed_cells(shape, {**rules, "q_offset": offset}), np.asarray(offset), **given)

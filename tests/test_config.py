@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,31 +16,59 @@ nan, inf = float("nan"), float("inf")
 BAD = [
     *[({name: value}, f"{name} must be at least 1 and finite, got {value}")
       for name in ("d_model", "num_heads", "d_ff", "max_length", "source_vocab_size", "target_vocab_size",
-                   "num_kv_heads")
+                   "num_kv_heads", "value_dim", "relative_distance", "rotary_original_length")
       for value in (0, -2)],
     *[({name: -1}, f"{name} must be at least 0 and finite, got -1")
-      for name in ("num_encoder_layers", "num_decoder_layers")],
+      for name in ("num_encoder_layers", "num_decoder_layers", "history_length")],
     *[({name: value}, f"{name} must be at least 0 and below 1, got {value}")
-      for name in ("dropout_rate", "attention_dropout_rate") for value in (1.0, 1, 1.5, -0.1, nan, inf)],
+      for name in ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "stochastic_depth_rate")
+      for value in (1.0, 1, 1.5, -0.1, nan, inf)],
     *[({name: value}, f"{name} must be at least .* and finite, got {value}")
-      for name in ("norm_epsilon", "rotary_theta") for value in (0.0, -1.0, nan, inf)],
+      for name in ("norm_epsilon", "rotary_theta", "attention_scale", "attention_soft_cap")
+      for value in (0.0, -1.0, nan, inf)],
+    *[({"rotary_factor": value}, f"rotary_factor must be at least 1 and finite, got {value}")
+      for value in (0.5, 0, -1.0, nan, inf)],
     *[({name: value}, f"{name} must be int, got {value!r}")
-      for name in ("d_model", "num_heads", "d_ff", "max_length", "num_encoder_layers", "num_decoder_layers")
+      for name in ("d_model", "num_heads", "d_ff", "max_length", "num_encoder_layers", "num_decoder_layers",
+                   "relative_distance", "relative_buckets", "rotary_original_length", "history_length")
       for value in (8.0, "8", None, True)],
     *[({name: value}, f"{name} must be int or None, got {value!r}")
-      for name in ("source_vocab_size", "target_vocab_size", "num_kv_heads") for value in (8.0, "8", False)],
+      for name in ("source_vocab_size", "target_vocab_size", "num_kv_heads", "value_dim", "rotary_dim")
+      for value in (8.0, "8", False)],
     *[({name: value}, f"{name} must be float or int, got {value!r}")
-      for name in ("dropout_rate", "attention_dropout_rate", "norm_epsilon", "rotary_theta")
+      for name in ("dropout_rate", "attention_dropout_rate", "norm_epsilon", "rotary_theta", "rotary_factor",
+                   "stochastic_depth_rate")
       for value in ("0.1", None, False)],
+    *[({name: value}, f"{name} must be float or None or int, got {value!r}")
+      for name in ("attention_scale", "attention_soft_cap", "embedding_dropout_rate") for value in ("0.1", True)],
+    *[({"attention_window": value}, f"attention_window must be tuple or None, got {re.escape(repr(value))}")
+      for value in (3, "3", 1.5, True)],
+    *[({"attention_window": value}, rf"a window must be \(left, right\), .*got {re.escape(repr(value))}; a causal")
+      for value in ((1,), (1, 2, 3), (1, -1), (1.0, 2), (True, 2))],
     *[({name: value}, f"{name} must be bool, got {value!r}")
-      for name in ("attention_bias", "feed_forward_bias") for value in (1, 0, None, "yes")],
+      for name in ("attention_bias", "feed_forward_bias", "attention_sinks", "qk_norm", "parallel_residual",
+                   "scale_embeddings")
+      for value in (1, 0, None, "yes")],
     *[({name: value}, f"{name} must be one of .*, got {value!r}")
-      for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype")
+      for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype",
+                   "rotary_layout", "rotary_scaling")
       for value in ("other", None, 1, True)],
     ({"d_model": 10, "num_heads": 4}, "d_model must be a multiple of num_heads, got d_model=10, num_heads=4"),
     ({"num_heads": 8, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=8"),
     ({"num_heads": 8, "num_kv_heads": 16}, "num_heads must be a multiple of num_kv_heads.*num_kv_heads=16"),
-    ({"d_model": 20, "num_heads": 4, "positions": "rotary"}, "even head width d_model / num_heads, got 20 / 4 = 5"),
+    ({"d_model": 20, "num_heads": 4, "positions": "rotary"}, "turn an even number.*or else d_model / num_heads, got 5"),
+    ({"rotary_dim": 3, "positions": "rotary"}, "turn an even number of features, rotary_dim or else .*, got 3"),
+    *[({"rotary_dim": value, "positions": "rotary"}, rf"rotary_dim must lie in \[2, head width 64\], got {value}")
+      for value in (0, -2, 66)],
+    *[({"relative_buckets": value, "positions": "t5"}, f"relative_buckets must be even and at least 4, got {value}")
+      for value in (2, 0, -4, 7)],
+    *[({"relative_buckets": 8, "relative_distance": value, "positions": "t5"},
+       f"relative_distance must be above half of relative_buckets, got relative_distance={value}, relative_buckets=8")
+      for value in (4, 1)],
+    ({"parallel_residual": True}, "parallel_residual has no place for norm_order='post'; use 'pre' or 'sandwich'"),
+    *[({"history_length": 4, "positions": value},
+       f"history_length needs positions that go by distance, .*got positions='{value}'; use 'transformer_xl'")
+      for value in ("sinusoidal", "learned")],
     ({"source_vocab_size": 8, "target_vocab_size": 9, "tie_embeddings": "all"}, "one joint.*=8.*=9; use 'target' or"),
     ({"dtype": "float64"}, "float64 needs .*jax_enable_x64"),
     ({"param_dtype": "float64"}, "float64 needs .*jax_enable_x64"),
@@ -70,7 +99,64 @@ def test_the_defaults_are_the_base_model_of_2017():
     assert (config.d_model, config.num_heads, config.d_ff, config.dropout_rate) == (512, 8, 2048, 0.1)
     assert (config.num_encoder_layers, config.num_decoder_layers) == (6, 6)
     assert (config.activation, config.norm, config.norm_order) == ("relu", "layer_norm", "post")
-    assert config.positions == "sinusoidal"
+    assert (config.positions, config.scale_embeddings, config.parallel_residual) == ("sinusoidal", True, False)
+    assert config.embedding_scale == 512**0.5
+
+
+def test_what_was_invented_later_is_off_unless_asked_for():
+    config = TransformerConfig()
+    assert config.attention_scale is config.attention_soft_cap is config.attention_window is config.rotary_dim is None
+    assert not any((config.attention_sinks, config.qk_norm, config.history_length, config.stochastic_depth_rate))
+    assert (config.rotary_layout, config.rotary_scaling, config.rotary_factor) == ("half", "none", 1.0)
+    assert (config.relative_distance, config.relative_buckets) == (128, 32)  # T5's
+    assert (config.rotary_theta, config.rotary_original_length) == (10_000.0, 2048)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positions": "t5", "relative_buckets": 4, "relative_distance": 3},
+        {"positions": "shaw", "relative_buckets": 1, "relative_distance": 1},
+        {"positions": "rotary", "rotary_dim": 2, "rotary_factor": 1},
+        {"positions": "rotary", "rotary_dim": 64},
+        {"positions": "sinusoidal", "rotary_dim": 3},
+        {"attention_window": (0, 0)},
+        {"parallel_residual": True, "norm_order": "pre"},
+        {"parallel_residual": True, "norm_order": "sandwich"},
+        {"history_length": 1, "positions": "none"},
+        {"embedding_dropout_rate": 0, "stochastic_depth_rate": 0},
+        {"attention_scale": 1, "attention_soft_cap": 5e-324},
+    ],
+    ids=str,
+)
+def test_the_last_valid_value_is_valid(fields):
+    config = TransformerConfig(**fields)
+    assert TransformerConfig.from_json(config.to_json()) == config
+
+
+def test_derived_numbers_follow_their_fields():
+    config = TransformerConfig(d_model=8, num_heads=2, dropout_rate=0.3)
+    assert (config.rotary_width, config.stack_dropout_rate, config.embedding_scale) == (4, 0.3, 8**0.5)
+    config = config.replace(rotary_dim=2, embedding_dropout_rate=0.0, scale_embeddings=False)
+    assert (config.rotary_width, config.stack_dropout_rate, config.embedding_scale) == (2, 0.0, 1.0)
+
+
+def test_a_configuration_shows_what_differs_from_the_defaults():
+    assert repr(TransformerConfig()) == "TransformerConfig()"
+    assert repr(TransformerConfig(num_heads=8, positions="t5", attention_window=(2, 0))) == (
+        "TransformerConfig(attention_window=(2, 0), positions='t5')"
+    )
+
+
+@given(configs())
+def test_the_text_of_a_configuration_makes_it_again(config):
+    assert eval(repr(config), {"TransformerConfig": TransformerConfig}) == config
+
+
+def test_a_window_is_a_tuple_again_after_json():
+    config = TransformerConfig.from_json('{"attention_window": [3, 0]}')
+    assert config.attention_window == (3, 0)
+    assert hash(config) == hash(TransformerConfig(attention_window=(3, 0)))
 
 
 @given(configs())
@@ -107,7 +193,7 @@ def test_a_configuration_does_not_change():
 
 
 def test_unknown_fields_are_listed_beside_the_known(untyped):
-    message = r"unknown configuration fields \['heads', 'width'\]; known are \['activation', .*'tie_embeddings'\]"
+    message = r"unknown configuration fields \['heads', 'width'\]; known are \['activation', .*'value_dim'\]"
     with pytest.raises(ValueError, match=message):
         TransformerConfig().replace(width=8, heads=2, d_model=8)
     with pytest.raises(ValueError, match=message):

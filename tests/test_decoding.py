@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
 from core.cache import KVCache, cached_attention, empty_keys_values
-from core.decoding import EOS, PAD, greedy, prompt_lengths
+from core.decoding import BOS, EOS, PAD, check_generation, greedy, prompt_lengths
 from tests.strategies import seeds
 
 V, L = 6, 8
@@ -99,6 +99,26 @@ def test_the_loop_ends_when_all_rows_have_ended(batch, steps):
     assert ((out == EOS).sum(-1) == 1).all()
 
 
+def test_the_ids_that_are_assumed():
+    """Vocabularies and weights in files depend on them."""
+    assert (PAD, BOS, EOS) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint16"])
+def test_tokens_of_any_integer_type_give_int32(dtype, x64):
+    logits, first = table(0), firsts((3,), 0)
+    out = greedy(table_step, jnp.asarray(first, dtype), start(logits, first), max_length=L)
+    assert out.tolist() == [expected(logits, token) for token in first]
+    assert out.dtype == jnp.int32
+
+
+def test_one_nan_among_the_logits_is_enough():
+    logits, first = table(0), np.array([3, 4], "int32")
+    logits[3, 0, 2] = np.nan
+    out = generate(logits, first, max_length=1)
+    assert out.tolist() == [[-1], expected(logits, 4, max_length=1)]
+
+
 @pytest.mark.parametrize("bad", range(3))
 def test_a_row_of_nan_gets_minus_one_and_the_others_their_tokens(bad):
     logits, first = table(0), jnp.asarray([3, 4, 5], jnp.int32)
@@ -159,6 +179,25 @@ def test_a_negative_length_is_refused(untyped):
         generate(table(0), firsts((2,), 0), max_length=-1)
 
 
+@pytest.mark.parametrize("max_length", [0, 1, 7])
+def test_a_generation_may_have_any_length_and_any_ids_of_its_vocabulary(max_length):
+    check_generation(V, max_length=max_length, eos_id=0, pad_id=V - 1)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "ids", "message"),
+    [
+        (-1, {}, "max_length must be at least 0, got -1"),
+        (3, {"eos_id": -1}, rf"eos_id must lie in the target vocabulary \[0, {V}\), got -1"),
+        (3, {"eos_id": 1, "pad_id": V}, rf"pad_id must lie in the target vocabulary \[0, {V}\), got {V}"),
+        (3, {"bos_id": V + 1, "pad_id": 0}, rf"bos_id must lie in the target vocabulary \[0, {V}\), got {V + 1}"),
+    ],
+)
+def test_a_generation_that_cannot_be_is_refused(max_length, ids, message):
+    with pytest.raises(ValueError, match=message):
+        check_generation(V, max_length=max_length, **ids)
+
+
 @given(st.sampled_from([(3, 4), (4,), (2, 2, 4)]), seeds)
 def test_prompt_lengths_count_the_real_tokens(size, seed):
     lengths = np.random.default_rng(seed).integers(1, size[-1] + 1, size[:-1]).astype("int32")
@@ -166,6 +205,10 @@ def test_prompt_lengths_count_the_real_tokens(size, seed):
     np.testing.assert_array_equal(prompt_lengths(mask, prompt), lengths, strict=True)
     np.testing.assert_array_equal(jax.jit(prompt_lengths)(mask, prompt), lengths, strict=True)
     assert (np.asarray(prompt_lengths(None, prompt)) == size[-1]).all()
+
+
+def test_prompt_lengths_are_int32_where_numbers_are_wide(x64):
+    assert prompt_lengths(None, jnp.zeros((2, 3), jnp.int32)).dtype == jnp.int32
 
 
 @pytest.mark.parametrize("row", [[False, True, True], [True, False, True], [False, False, False]])

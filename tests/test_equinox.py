@@ -10,19 +10,9 @@ import optax
 import pytest
 
 import equinox_impl
-from equinox_impl import LayerNorm, Linear, Transformer, TransformerConfig, evaluation
-from tests.frontends import random_batch, same_bits
+from equinox_impl import LayerNorm, Linear, Transformer, evaluation
+from tests.frontends import CONFIG, LEARNED_DISTANCES, random_batch, same_bits
 
-CONFIG = TransformerConfig(
-    source_vocab_size=11,
-    target_vocab_size=13,
-    d_model=8,
-    num_heads=2,
-    d_ff=16,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    dropout_rate=0.5,
-)
 BATCH = random_batch(CONFIG, 0)
 
 
@@ -57,6 +47,50 @@ def test_no_array_is_stored_twice():
 def test_every_array_is_a_parameter():
     arrays = eqx.filter(model(), eqx.is_array)
     assert same_bits(arrays, eqx.filter(model(), eqx.is_inexact_array))
+
+
+every_distance = pytest.mark.parametrize("config", LEARNED_DISTANCES.values(), ids=LEARNED_DISTANCES)
+ONE_OF_THEM = {
+    "shaw": lambda m: m.encoder.blocks[0].attention.relative.value_embedding,
+    "t5": lambda m: m.decoder.relative.embedding,
+    "transformer_xl": lambda m: m.decoder.blocks[0].attention.relative.content_bias,
+}
+
+
+@every_distance
+def test_relative_positions_are_leaves_like_any_other(config, tmp_path):
+    made, where = Transformer(config, key=jax.random.key(0)), ONE_OF_THEM[config.positions]
+    eqx.tree_check(made)
+    assert same_bits(eqx.filter(made, eqx.is_array), eqx.filter(made, eqx.is_inexact_array))
+    names = [name for name in equinox_impl.to_weights(made) if ".relative." in name]
+    assert len(names) == 2 * {"shaw": 2, "t5": 1, "transformer_xl": 3}[config.positions]
+    run = eqx.filter_jit(logits)
+    expected = run(evaluation(made))
+    changed = eqx.tree_at(
+        where, made, replace_fn=lambda table: table + jnp.arange(float(table.size)).reshape(table.shape)
+    )
+    assert not same_bits(run(evaluation(changed)), expected)
+    params, static = eqx.partition(evaluation(made), eqx.is_inexact_array)
+    assert same_bits(run(eqx.combine(params, static)), expected)
+    eqx.tree_serialise_leaves(tmp_path / "model.eqx", made)
+    skeleton = eqx.filter_eval_shape(lambda: Transformer(config, key=jax.random.key(9)))
+    assert same_bits(eqx.tree_deserialise_leaves(tmp_path / "model.eqx", skeleton), made)
+    assert same_bits(run(evaluation(equinox_impl.from_weights(config, equinox_impl.to_weights(made)))), expected)
+
+
+def test_relative_positions_alone_can_be_trained():
+    config = LEARNED_DISTANCES["transformer_xl"]
+    made, where = evaluation(Transformer(config, key=jax.random.key(0))), ONE_OF_THEM[config.positions]
+    trained, frozen = eqx.partition(made, eqx.tree_at(where, jax.tree.map(lambda _: False, made), True))
+
+    @eqx.filter_jit
+    def gradient(trained):
+        run = lambda trained: eqx.combine(trained, frozen)(BATCH.source, BATCH.inputs)
+        return eqx.filter_grad(lambda trained: jnp.square(run(trained)).sum())(trained)
+
+    moved = eqx.combine(eqx.apply_updates(trained, gradient(trained)), frozen)
+    assert not same_bits(where(moved), where(made))
+    assert same_bits(eqx.tree_at(where, moved, 0), eqx.tree_at(where, made, 0))
 
 
 def test_filter_jit_traces_once_and_keeps_the_numbers():
@@ -141,6 +175,15 @@ def test_an_ensemble_is_made_and_called_by_filter_vmap():
     outputs = eqx.filter_vmap(logits, in_axes=(eqx.if_array(0),))(ensemble)
     assert outputs.shape == (3, 2, 4, 13)
     np.testing.assert_allclose(outputs[1], logits(evaluation(Transformer(CONFIG, key=keys[1]))), rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_has_its_own_relative_positions():
+    config, keys = LEARNED_DISTANCES["t5"], jax.random.split(jax.random.key(0), 2)
+    ensemble = evaluation(eqx.filter_vmap(lambda key: Transformer(config, key=key))(keys))
+    assert ensemble.encoder.relative.embedding.shape == (2, 4, 2)
+    outputs = eqx.filter_jit(eqx.filter_vmap(logits, in_axes=(eqx.if_array(0),)))(ensemble)
+    one = eqx.filter_jit(logits)(evaluation(Transformer(config, key=keys[1])))
+    np.testing.assert_allclose(outputs[1], one, rtol=1e-4, atol=1e-5)
 
 
 def test_serialised_leaves_come_back(tmp_path):

@@ -8,13 +8,14 @@ import pytest
 
 from tests.conftest import ROOT
 
-PACKAGES = ("core", "nnx_impl", "equinox_impl", "seq2seq", "bench")
+PACKAGES = ("core", "nnx_impl", "equinox_impl", "seq2seq", "bench", "conformance")
 FORBIDDEN = {
     "core": {"flax", "equinox", "optax", "orbax", "nnx_impl", "equinox_impl", "seq2seq", "bench", "tests"},
     "nnx_impl": {"equinox", "orbax", "equinox_impl", "seq2seq", "bench", "tests"},
     "equinox_impl": {"flax", "orbax", "nnx_impl", "seq2seq", "bench", "tests"},
     "seq2seq": {"flax", "equinox", "nnx_impl", "equinox_impl", "bench", "tests"},
     "bench": {"tests"},
+    "conformance": {"core", "nnx_impl", "equinox_impl", "seq2seq", "bench", "tests"},  # its subjects aside
 }
 ALLOWED_IN_CORE = {"core", "jax", "jaxtyping", "numpy", "safetensors", *sys.stdlib_module_names}
 

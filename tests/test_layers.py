@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from core.config import Activation, TransformerConfig
 from core.layers import (
+    GATED,
+    branch_dropout,
     check_tokens,
     dropout,
     dropout_key,
@@ -22,6 +26,7 @@ from core.layers import (
     residual,
     rms_norm,
     site_keys,
+    stochastic_depth,
     unembed,
 )
 from tests.strategies import seeds
@@ -245,31 +250,126 @@ def test_feed_forward_is_its_formula(batch, seed):
     x64, up64, gate64, down64 = wide(x, up, gate, down)
     h, g = x64 @ up64, x64 @ gate64
     erf = np.vectorize(math.erf, otypes=["float64"])
-    wanted = {
-        "relu": np.maximum(h, 0) @ down64,
-        "gelu": (h * (1 + erf(h / 2**0.5)) / 2) @ down64,
-        "swiglu": (g / (1 + np.exp(-g)) * h) @ down64,
+    gelu = lambda z: z * (1 + erf(z / 2**0.5)) / 2
+    inner = {
+        "relu": np.maximum(h, 0),
+        "gelu": gelu(h),
+        "gelu_tanh": h / (1 + np.exp(-2 * (2 / math.pi) ** 0.5 * (h + 0.044715 * h**3))),
+        "silu": h / (1 + np.exp(-h)),
+        "glu": h / (1 + np.exp(-g)),
+        "geglu": gelu(g) * h,
+        "swiglu": g / (1 + np.exp(-g)) * h,
+        "reglu": np.maximum(g, 0) * h,
     }
-    for activation, value in wanted.items():
-        got = feed_forward(x, by(up), by(down), by(gate) if activation == "swiglu" else None, activation=activation)
-        np.testing.assert_allclose(got, value, rtol=0, atol=2e-5, err_msg=activation)
+    assert inner.keys() == set(get_args(Activation))
+    for activation, value in inner.items():
+        gate_of = by(gate) if activation in GATED else None
+        got = feed_forward(x, by(up), by(down), gate_of, activation=activation)
+        np.testing.assert_allclose(got, value @ down64, rtol=0, atol=2e-5, err_msg=activation)
 
 
-def test_swiglu_needs_a_gate():
-    with pytest.raises(ValueError, match="swiglu needs a gate projection beside up and down, got none"):
-        feed_forward(jnp.ones((2, 3)), lambda x: x, lambda x: x, activation="swiglu")
+@pytest.mark.parametrize("activation", ["glu", "geglu", "swiglu", "reglu"])
+def test_gated_activations_need_a_gate(activation):
+    assert activation in GATED
+    with pytest.raises(ValueError, match=f"{activation} needs a gate projection beside up and down, got none"):
+        feed_forward(jnp.ones((2, 3)), lambda x: x, lambda x: x, activation=activation)
 
 
-@pytest.mark.parametrize(("order", "wanted"), [("pre", "x+d(f(n(x)))"), ("post", "n(x+d(f(x)))")])
-def test_residual_norms_before_or_after(order, wanted):
-    """Read off with words in the place of arrays."""
+class Word(str):
+    """Stands for an array, so that a formula can be read off."""
 
-    class Word(str):
-        def __add__(self, other):
-            return Word(f"{self}+{other}")
+    def __add__(self, other):
+        return Word(f"{self}+{other}")
 
+
+def in_words(order, *, out_norm="o", stem=None):
     apply = lambda name: lambda x: Word(f"{name}({x})")
     sublayer = lambda x: (apply("f")(x), "beside")
     step = getattr(residual, "__wrapped__", residual)
-    got = step(Word("x"), sublayer, norm=apply("n"), norm_order=order, dropout=apply("d"))
-    assert got == (wanted, "beside")
+    return step(
+        Word("x"), sublayer, norm=apply("n"), norm_order=order, dropout=apply("d"), stem=stem,
+        out_norm=None if out_norm is None else apply(out_norm),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("order", "stem", "wanted"),
+    [
+        ("pre", None, "x+d(f(n(x)))"),
+        ("post", None, "n(x+d(f(x)))"),
+        ("sandwich", None, "x+d(o(f(n(x))))"),
+        ("pre", "s", "x+d(f(n(s)))"),
+        ("sandwich", "s", "x+d(o(f(n(s))))"),
+    ],
+)
+def test_residuals_are_the_published_formulas(order, stem, wanted):
+    assert in_words(order, stem=stem and Word(stem)) == (wanted, "beside")
+
+
+def test_the_sandwich_needs_its_second_norm():
+    with pytest.raises(ValueError, match="the sandwich order needs a second norm, out_norm, got none"):
+        in_words("sandwich", out_norm=None)
+
+
+# stochastic depth
+
+
+EXAMPLES = np.random.default_rng(1).standard_normal((2, 2000, 2, 3)).astype("float32")
+
+
+def sigmas(kept, rate):
+    return abs(kept.mean() - (1 - rate)) / math.sqrt(rate * (1 - rate) / kept.size)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_stochastic_depth_drops_whole_examples_and_scales_the_others(rate):
+    out = np.asarray(stochastic_depth(jnp.asarray(EXAMPLES), rate, key=jax.random.key(0)))
+    stays = (out != 0).any(axis=(-2, -1))
+    np.testing.assert_allclose(out[stays], EXAMPLES[stays] / (1 - rate), rtol=1e-6)
+    assert (out[~stays] == 0).all()
+    assert sigmas(stays, rate) < 6
+    assert sigmas(stays[0] == stays[1], 2 * rate * (1 - rate)) < 6  # rows are independent
+
+
+def test_stochastic_depth_is_its_key_and_needs_one():
+    x, key = jnp.asarray(EXAMPLES), jax.random.key(2)
+    exactly(stochastic_depth(x, 0.5, key=key), stochastic_depth(x, 0.5, key=jax.random.key(2)))
+    other = np.asarray(stochastic_depth(x, 0.5, key=jax.random.key(3))) == stochastic_depth(x, 0.5, key=key)
+    assert sigmas(other.all(axis=(-2, -1)), 0.5) < 6
+    exactly(stochastic_depth(x, 0.5), EXAMPLES)
+    exactly(stochastic_depth(x, 0.0, key=key), EXAMPLES)
+    assert stochastic_depth(x[0, 0].astype(jnp.bfloat16), 0.5, key=key).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, math.nan])
+@pytest.mark.parametrize("key", [None, 0])
+def test_a_depth_rate_outside_its_range_is_refused_even_without_a_key(rate, key, untyped):
+    key = None if key is None else jax.random.key(key)
+    message = f"the stochastic depth rate must be at least 0 and below 1, got {rate}"
+    with pytest.raises(ValueError, match=message):
+        stochastic_depth(jnp.asarray(EXAMPLES), rate, key=key)
+    with pytest.raises(ValueError, match=message):
+        branch_dropout(jnp.asarray(EXAMPLES), 0.5, rate, key=key)
+
+
+def test_a_branch_drops_elements_and_examples_independently():
+    x, key, rate, depth_rate = jnp.asarray(EXAMPLES[..., :1, :1]), jax.random.key(4), 0.4, 0.3
+    kept = np.asarray(branch_dropout(x, rate, depth_rate, key=key)) != 0
+    assert sigmas(kept, 1 - (1 - rate) * (1 - depth_rate)) < 6  # one mask for both would keep 1 - rate
+    out = np.asarray(branch_dropout(jnp.asarray(EXAMPLES), rate, depth_rate, key=key))
+    np.testing.assert_allclose(out[out != 0], EXAMPLES[out != 0] / ((1 - rate) * (1 - depth_rate)), rtol=1e-6)
+    stays = (out != 0).any(axis=(-2, -1))
+    dropped = depth_rate + (1 - depth_rate) * rate**6  # or all six elements of the example
+    assert sigmas(stays, dropped) < 6
+    exactly(branch_dropout(x, rate, 0.0, key=key), dropout(x, rate, key=key))
+    exactly(branch_dropout(x, rate, depth_rate), np.asarray(x))
+    only = np.asarray(branch_dropout(jnp.asarray(EXAMPLES), 0.0, depth_rate, key=key))
+    assert ((only != 0).all(axis=(-2, -1)) | (only == 0).all(axis=(-2, -1))).all()
+    assert sigmas((only != 0).any(axis=(-2, -1)), depth_rate) < 6
+
+
+def test_the_depth_rate_grows_evenly_to_the_last_layer():
+    config = TransformerConfig(stochastic_depth_rate=0.4)
+    np.testing.assert_allclose([config.depth_rate(i, 4) for i in range(4)], [0.1, 0.2, 0.3, 0.4], rtol=1e-15)
+    assert config.depth_rate(0, 1) == 0.4
+    assert TransformerConfig().depth_rate(5, 6) == 0.0

@@ -98,6 +98,13 @@ def test_huge_logits_give_finite_losses(batch, seed, scale):
     np.testing.assert_allclose(losses, logits.max(-1) - chosen, rtol=1e-5, atol=1.0)
 
 
+def test_a_token_that_cannot_come_costs_the_others_nothing():
+    logits = jnp.asarray([[0.5, -jnp.inf, 1.5]])
+    wanted = token_cross_entropy(logits[:, ::2], jnp.asarray([1]))
+    np.testing.assert_allclose(token_cross_entropy(logits, jnp.asarray([2])), wanted, rtol=1e-6)
+    assert token_cross_entropy(logits, jnp.asarray([1])) == jnp.inf
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_of_sixteen_bit_logits_are_computed_in_float32(dtype):
     logits, labels, _ = problem((2, 3), 0)
@@ -172,6 +179,8 @@ def test_sequence_metrics_count_the_tokens_of_the_mask(seed, smoothing):
     np.testing.assert_allclose(metrics.loss, wanted, rtol=1e-6)
     assert metrics.accuracy == accuracy(jnp.asarray(logits), jnp.asarray(labels), weights=jnp.asarray(weights))
     assert metrics.tokens == weights.sum()
+    if not smoothing:
+        np.testing.assert_array_equal(sequence_metrics(jnp.asarray(logits), batch).loss, metrics.loss)
 
 
 @pytest.mark.parametrize("smoothing", [1.0, -0.1, float("nan")])
@@ -180,6 +189,29 @@ def test_a_smoothing_outside_its_range_is_refused(smoothing, untyped):
         cross_entropy(jnp.zeros((2, V)), jnp.zeros(2, jnp.int32), label_smoothing=smoothing)
 
 
-def test_float_labels_are_refused(untyped):
+@pytest.mark.parametrize("function", [cross_entropy, accuracy])
+@pytest.mark.parametrize(("name", "shape"), [("labels", (1,)), ("labels", (2, 1)), ("weights", (1,)), ("weights", ())])
+def test_labels_and_weights_of_another_shape_are_refused(function, name, shape, untyped):
+    """They would be broadcast without a word."""
+    given = {"labels": jnp.zeros(2, jnp.int32), "weights": jnp.ones(2)}
+    given[name] = jnp.ones(shape, given[name].dtype)
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of the logits .* \(2,\), got \("):
+        function(jnp.zeros((2, V)), given["labels"], weights=given["weights"])
+
+
+@pytest.mark.parametrize("function", [cross_entropy, accuracy])
+def test_weights_may_have_another_type_than_the_logits(function):
+    logits, labels, weights = map(jnp.asarray, problem((2, 3), 0))
+    low = function(logits, labels, weights=weights.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(low, function(logits, labels, weights=weights), strict=True)
+
+
+def test_a_vocabulary_of_one_costs_nothing():
+    given = jnp.ones((2, 1)), jnp.asarray([0, 5])
+    assert cross_entropy(*given, weights=jnp.asarray([1.0, 0.0])) == 0
+
+
+@pytest.mark.parametrize("loss", [token_cross_entropy, cross_entropy])
+def test_float_labels_are_refused(loss, untyped):
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
-        cross_entropy(jnp.zeros((2, V)), jnp.zeros(2))
+        loss(jnp.zeros((2, V)), jnp.zeros(2))

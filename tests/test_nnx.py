@@ -13,20 +13,10 @@ import pytest
 from flax import nnx
 
 import nnx_impl
-from nnx_impl import Transformer, TransformerConfig, evaluation
+from nnx_impl import Transformer, evaluation
 from tests.conftest import ROOT
-from tests.frontends import random_batch, same_bits
+from tests.frontends import CONFIG, LEARNED_DISTANCES, random_batch, same_bits
 
-CONFIG = TransformerConfig(
-    source_vocab_size=11,
-    target_vocab_size=13,
-    d_model=8,
-    num_heads=2,
-    d_ff=16,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    dropout_rate=0.5,
-)
 BATCH = random_batch(CONFIG, 0)
 
 
@@ -50,6 +40,48 @@ def logits(model, rngs=None):
 def test_a_model_holds_parameters_and_nothing_else():
     kinds = {type(variable) for _, variable in nnx.to_flat_state(nnx.state(model()))}
     assert kinds == {nnx.Param}
+
+
+@pytest.mark.parametrize("config", LEARNED_DISTANCES.values(), ids=LEARNED_DISTANCES)
+def test_relative_positions_are_parameters_found_by_type_and_by_path(config):
+    made = Transformer(config, rngs=nnx.Rngs(0))
+    state = nnx.to_flat_state(nnx.state(made))
+    assert {type(variable) for _, variable in state} == {nnx.Param}
+    found = {path for path, _ in nnx.to_flat_state(nnx.state(made, nnx.PathContains("relative")))}
+    assert found == {path for path, _ in state if "relative" in path}
+    per_stack = {"shaw": 2, "t5": 1, "transformer_xl": 3}[config.positions]
+    assert len(found) == 2 * per_stack  # in the encoder and in the decoder, but not in the attention between them
+    assert sum("sinks" in path for path, _ in state) == 3
+    assert sum({"q_norm", "k_norm"} & set(path) != set() for path, _ in state) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("config", LEARNED_DISTANCES.values(), ids=LEARNED_DISTANCES)
+def test_views_splits_and_weights_keep_relative_positions(config):
+    made = Transformer(config, rngs=nnx.Rngs(0))
+    expected = nnx.jit(logits)(evaluation(made))
+    weights = nnx_impl.to_weights(made)
+    assert same_bits(nnx.jit(logits)(evaluation(nnx_impl.from_weights(config, weights))), expected)
+    assert same_bits(nnx.jit(logits)(nnx.merge(*nnx.split(evaluation(made)))), expected)
+    table = next(p for path, p in nnx.to_flat_state(nnx.state(made)) if "relative" in path and "encoder" in path)
+    table[...] = table[...] + 1 if config.positions == "transformer_xl" else -9 * table[...]
+    view = evaluation(made)
+    assert not same_bits(nnx.jit(logits)(view), expected)  # what is changed in the model is seen by its view
+
+
+def test_relative_positions_alone_can_be_trained():
+    made = evaluation(Transformer(LEARNED_DISTANCES["transformer_xl"], rngs=nnx.Rngs(0)))
+    before = jax.tree.map(jnp.copy, nnx_impl.to_weights(made))
+    graphdef, trained, rest = nnx.split(made, nnx.All(nnx.Param, nnx.PathContains("relative")), ...)
+
+    @jax.jit
+    def gradient(trained):
+        run = lambda trained: nnx.merge(graphdef, trained, rest)(BATCH.source, BATCH.inputs)
+        return jax.grad(lambda trained: jnp.square(run(trained)).sum())(trained)
+
+    nnx.update(made, jax.tree.map(jnp.add, trained, gradient(trained)))
+    after = nnx_impl.to_weights(made)
+    moved = {name for name, array in after.items() if not same_bits(array, before[name])}
+    assert moved == {name for name in after if ".relative." in name}
 
 
 def test_a_view_shares_parameters_and_switches_dropout_only_for_itself():
@@ -144,6 +176,28 @@ def test_parameters_carry_the_names_of_their_axes():
     assert specs["decoder.blocks.0.feed_forward.down_proj.kernel"] == jax.sharding.PartitionSpec("mlp", "embed")
     assert specs["decoder.blocks.0.attention_norm.scale"] == jax.sharding.PartitionSpec("embed")
     assert specs["target_embedding.embedding"] == jax.sharding.PartitionSpec("vocab", "embed")
+
+
+def test_new_parameters_carry_the_names_of_their_axes():
+    specs = {}
+    for config in LEARNED_DISTANCES.values():
+        state = nnx.state(Transformer(config, rngs=nnx.Rngs(0)))
+        for path, p in nnx.to_flat_state(nnx.get_partition_spec(state)):
+            specs[".".join(map(str, path))] = tuple(p.get_value())
+    wanted = {
+        "encoder.relative.embedding": ("position", "heads"),
+        "encoder.blocks.0.attention.relative.key_embedding": ("position", "head"),
+        "encoder.blocks.0.attention.relative.value_embedding": ("position", "head"),
+        "decoder.blocks.0.attention.relative.content_bias": ("heads", "head"),
+        "decoder.blocks.0.attention.relative.position_bias": ("heads", "head"),
+        "decoder.blocks.0.attention.relative.kernel": ("embed", "heads"),
+        "decoder.blocks.0.cross_attention.sinks": ("heads",),
+        "decoder.blocks.0.cross_attention.q_norm.scale": ("head",),
+        "decoder.blocks.0.attention.k_norm.bias": ("head",),
+        "decoder.blocks.0.cross_attention_out_norm.scale": ("embed",),
+        "decoder.norm.scale": ("embed",),
+    }
+    assert {name: specs[name] for name in wanted} == wanted
 
 
 def test_a_model_is_born_sharded_over_eight_devices():

@@ -1,31 +1,32 @@
 """Laws of positions: where a token stands, exact up to the last int32."""
 
+import functools
 import math
 from fractions import Fraction
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import equinox_impl
+from core.config import Positions, TransformerConfig
 from core.positions import (
     add_positions,
     inverse_frequencies,
     learned,
     position_ids,
-    rotary,
     sin_cos,
     sinusoidal,
     sinusoidal_table,
 )
-from tests.strategies import seeds
+from tests.frontends import random_weights
+from tests.strategies import EDGES, LAST, far_and_near, positions, seeds
 
 TWO_PI = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-LAST = 2**31 - 1
-EDGES = [0, 1, 2, 1023, 1024, 4097, 2**16 + 1, 2**20 - 1, 2**20, 2**24 + 1, 2**30 + 3, LAST - 1, LAST]
-positions = st.one_of(st.sampled_from(EDGES), st.integers(0, 2**20), st.integers(0, LAST))
 eight = st.lists(positions, min_size=8, max_size=8).map(lambda p: np.array(p, "int32").reshape(2, 4))
 many = st.builds(
     lambda seed, last: np.append(np.random.default_rng(seed).integers(-last, last, 87), EDGES).reshape(2, 50),
@@ -33,10 +34,10 @@ many = st.builds(
     st.sampled_from([2**20, LAST]),
 ).map(lambda ids: ids.astype("int32"))
 widths = st.sampled_from([8, 2, 1, 7])
-head_widths = st.sampled_from([4, 2, 10])
 thetas = st.sampled_from([10_000.0, 500_000.0, 3.0])
 sinusoids = jax.jit(sinusoidal, static_argnums=1)
-turned = jax.jit(rotary, static_argnames="theta")
+added = jax.jit(add_positions, static_argnames="kind")
+batches = st.sampled_from([(2,), (), (2, 3)])
 
 
 def exact_sin_cos(position, frequency):
@@ -46,12 +47,13 @@ def exact_sin_cos(position, frequency):
 
 
 def exact_sinusoid(position, width):
-    """The formula of 2017, columns one by one."""
-    pairs = [exact_sin_cos(position, math.exp(-2 * i / (width + width % 2) * math.log(1e4))) for i in range(width)]
+    """The formula of 2017, pair by pair."""
+    even = width + width % 2
+    pairs = [exact_sin_cos(position, 10_000.0 ** (-2 * i / even)) for i in range(even // 2)]
     return np.array([x for pair in pairs for x in pair])[:width]
 
 
-def heads(shape, seed):
+def vectors(shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
@@ -119,81 +121,6 @@ def test_sinusoids_asked_for_in_sixteen_bits_are_the_rounded_ones(dtype, positio
     np.testing.assert_allclose(np.asarray(sinusoidal(ids, 8, dtype), "float32"), wide, rtol=0, atol=step)
 
 
-@given(eight, head_widths, thetas, seeds)
-def test_rotary_turns_pairs_half_a_head_apart(ids, width, theta, seed):
-    x = heads((2, 4, 3, width), seed)
-    got = np.asarray(turned(x, ids, theta=theta))
-    half = width // 2
-    for row, t, n, i in np.ndindex(2, 4, 3, half):
-        sin, cos = exact_sin_cos(ids[row, t], theta ** (-2 * i / width))
-        a, b = float(x[row, t, n, i]), float(x[row, t, n, i + half])
-        slack = (abs(a) + abs(b)) * 2.0**-22
-        assert abs(got[row, t, n, i] - (a * cos - b * sin)) <= slack
-        assert abs(got[row, t, n, i + half] - (b * cos + a * sin)) <= slack
-
-
-@given(eight, head_widths, seeds)
-def test_rotary_keeps_lengths(ids, width, seed):
-    x = heads((2, 4, 3, width), seed)
-    before, after = (np.linalg.norm(np.asarray(y, "float64"), axis=-1) for y in (x, turned(x, ids)))
-    assert (np.abs(after - before) <= 8 * 2.0**-24 * before).all()
-
-
-@given(seeds, head_widths)
-def test_rotary_at_position_zero_is_the_identity(seed, width):
-    x = heads((2, 4, 3, width), seed)
-    np.testing.assert_array_equal(turned(x, np.zeros((2, 4), "int32")), x, strict=True)
-
-
-@given(st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 10**6), seeds)
-def test_rotary_products_depend_on_distance_alone(m, n, shift, seed):
-    x = heads((2, 2, 3, 8), seed)
-    products = []
-    for c in (0, shift):
-        q, k = np.moveaxis(np.asarray(turned(x, np.array([[m + c, n + c]] * 2, "int32")), "float64"), 1, 0)
-        products.append((q * k).sum(-1))
-    lengths = np.linalg.norm(x, axis=-1).prod(axis=1)
-    assert (np.abs(products[1] - products[0]) <= 2.0**-20 * lengths).all()
-
-
-@given(st.integers(0, 2**20), st.integers(0, 2**20), seeds)
-def test_rotations_add_up(p, r, seed):
-    x = heads((2, 1, 3, 8), seed)
-    at = lambda y, position: np.asarray(turned(y, np.full((2, 1), position, "int32")))
-    np.testing.assert_allclose(at(at(x, p), r), at(x, p + r), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(at(at(x, p), -p), x, rtol=0, atol=1e-5)
-
-
-@given(st.integers(0, LAST - 8), seeds)
-def test_rotary_rows_do_not_depend_on_where_the_chunk_starts(offset, seed):
-    x = heads((2, 8, 3, 4), seed)
-    ids = np.broadcast_to(offset + np.arange(8), (2, 8)).astype("int32")
-    whole = np.asarray(turned(x, ids))
-    np.testing.assert_array_equal(turned(x[:, 3:], ids[:, 3:]), whole[:, 3:], strict=True)
-
-
-@given(seeds)
-def test_two_thetas_in_one_process_keep_their_own_tables(seed):
-    x, ids = heads((2, 4, 3, 8), seed), np.broadcast_to(np.arange(4), (2, 4)).astype("int32")
-    first = [np.asarray(turned(x, ids, theta=theta)) for theta in (10_000.0, 100.0)]
-    again = [np.asarray(rotary(jnp.asarray(x), jnp.asarray(ids), theta=theta)) for theta in (100.0, 10_000.0)]
-    assert (first[0] != first[1]).any()
-    np.testing.assert_allclose(again[::-1], first, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_sixteen_bit_heads_are_turned_in_float32(dtype):
-    x = jnp.asarray(heads((2, 3, 2, 8), 0), dtype)
-    ids = jnp.asarray([[5, 2**20 + 1, LAST]] * 2, jnp.int32)
-    wanted = turned(x.astype(jnp.float32), ids).astype(dtype)
-    np.testing.assert_array_equal(turned(x, ids), wanted, strict=True)
-
-
-def test_rotary_refuses_an_odd_head_width(untyped):
-    with pytest.raises(ValueError, match="even head width, got H=5"):
-        rotary(jnp.ones((2, 3, 1, 5)), jnp.zeros((2, 3), jnp.int32))
-
-
 @given(st.sampled_from([(), (2,), (2, 3)]), seeds)
 def test_position_ids_count_from_the_offset_of_each_row(batch, seed):
     x = jnp.zeros((*batch, 4, 2))
@@ -204,32 +131,66 @@ def test_position_ids_count_from_the_offset_of_each_row(batch, seed):
     np.testing.assert_array_equal(np.broadcast_to(unshifted, (*batch, 4)), ids - offset[..., None])
 
 
-@pytest.mark.parametrize("batch", [(2,), (), (2, 3)])
 @pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
-def test_add_positions_adds_the_rows_at_the_offset(batch, kind):
-    x, table = jnp.asarray(heads((*batch, 4, 6), 0)), jnp.asarray(heads((12, 6), 1))
-    encoding = np.asarray(table if kind == "learned" else sinusoidal_table(12, 6))
-    offset = np.random.default_rng(2).integers(0, 9, batch).astype("int32")
-    got = add_positions(x, kind=kind, embedding=table, offset=jnp.asarray(offset))
-    np.testing.assert_allclose(got, x + encoding[offset[..., None] + np.arange(4)], rtol=0, atol=1e-6)
-    unshifted = add_positions(x, kind=kind, embedding=table)
-    np.testing.assert_allclose(unshifted, x + np.broadcast_to(encoding[:4], x.shape), rtol=0, atol=1e-6)
+@given(batch=batches, seed=seeds)
+def test_add_positions_adds_the_rows_at_the_offset_of_each_row(kind, batch, seed):
+    x, table = vectors((*batch, 4, 6), seed), vectors((12, 6), seed + 1)
+    encoding = table if kind == "learned" else np.array([exact_sinusoid(p, 6) for p in range(12)], "float32")
+    offset = np.random.default_rng(seed).integers(0, 9, batch).astype("int32")
+    ids = offset[..., None] + np.arange(4, dtype="int32")
+    got = added(x, ids, kind=kind, embedding=table)
+    np.testing.assert_allclose(got, x + encoding[ids], rtol=0, atol=1e-6)
+    same = added(x, ids[(0,) * len(batch)].reshape((1,) * len(batch) + (4,)), kind=kind, embedding=table)
+    wanted = x + encoding[np.broadcast_to(ids[(0,) * len(batch)], ids.shape)]
+    np.testing.assert_allclose(same, wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["rotary", "none"])
+@given(far_and_near, st.integers(-3, 3), seeds)
+def test_a_traced_offset_loses_nothing_of_the_sinusoid(last, less, seed):
+    """x + its encoding, within 2^-23 and a rounding of the sum, at 2^20 and at the end of int32."""
+    x, offset = vectors((2, 4, 7), seed), np.array([last + less, last // 2], "int32")
+    got = _added_from(x, offset)
+    for row, t in np.ndindex(2, 4):
+        wanted = x[row, t].astype("float64") + exact_sinusoid(offset[row] + t, 7)
+        np.testing.assert_allclose(got[row, t], wanted, rtol=2.0**-24, atol=2.0**-23)
+
+
+@jax.jit
+def _added_from(x, offset):
+    return add_positions(x, position_ids(x, offset), kind="sinusoidal")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_encodings_come_in_the_dtype_of_x(kind, dtype, x64):
+    x, table = jnp.asarray(vectors((2, 4, 6), 0), dtype), jnp.asarray(vectors((12, 6), 1))
+    ids = jnp.asarray([[0, 3, 2, 11]] * 2, jnp.int32)
+    rows = (
+        np.asarray(table)[np.asarray(ids)]
+        if kind == "learned"
+        else [[exact_sinusoid(p, 6) for p in r] for r in np.asarray(ids)]
+    )
+    got = add_positions(x, ids, kind=kind, embedding=table)
+    assert got.dtype == x.dtype
+    step = 2.0**-42 if dtype == "float64" else float(jnp.finfo(dtype).eps)
+    size = np.abs(np.asarray(x, "float64")) + np.abs(rows)
+    assert (np.abs(np.asarray(got, "float64") - np.asarray(x, "float64") - rows) <= step * size + step / 4).all()
+
+
+@pytest.mark.parametrize("kind", sorted(set(get_args(Positions)) - {"sinusoidal", "learned"}))
 def test_other_kinds_leave_x_as_it_is(kind):
-    x = jnp.asarray(heads((2, 3, 4), 0))
-    np.testing.assert_array_equal(add_positions(x, kind=kind), x, strict=True)
+    x, ids = jnp.asarray(vectors((2, 3, 4), 0)), jnp.arange(3, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(add_positions(x, ids, kind=kind), x, strict=True)
 
 
 def test_learned_positions_need_their_table():
     with pytest.raises(ValueError, match="learned positions need their embedding table, got none"):
-        add_positions(jnp.ones((2, 3, 4)), kind="learned")
+        add_positions(jnp.ones((2, 3, 4)), jnp.zeros((1, 3), jnp.int32), kind="learned")
 
 
 @pytest.mark.parametrize("bad", [[[0, 12]], [[-1, 3]], [[LAST, 0]]])
 def test_a_position_beyond_the_learned_table_raises_and_gives_nan_under_jit(bad):
-    table, ids = jnp.asarray(heads((12, 6), 0)), jnp.asarray(bad, jnp.int32)
+    table, ids = jnp.asarray(vectors((12, 6), 0)), jnp.asarray(bad, jnp.int32)
     with pytest.raises(ValueError, match=r"must lie in \[0, 12\)|no position"):
         learned(ids, table)
     rows = np.asarray(jax.jit(learned)(ids, table))
@@ -239,25 +200,84 @@ def test_a_position_beyond_the_learned_table_raises_and_gives_nan_under_jit(bad)
 
 
 def test_a_chunk_that_leaves_the_learned_table_raises_and_gives_nan_under_jit():
-    x, table, offset = jnp.asarray(heads((2, 4, 6), 0)), jnp.asarray(heads((12, 6), 1)), jnp.asarray([8, 9], jnp.int32)
+    x, table, offset = (
+        jnp.asarray(vectors((2, 4, 6), 0)),
+        jnp.asarray(vectors((12, 6), 1)),
+        jnp.asarray([8, 9], jnp.int32),
+    )
     with pytest.raises(ValueError, match=r"\[0, 12\)"):
-        add_positions(x, kind="learned", embedding=table, offset=offset)
-    out = np.asarray(jax.jit(add_positions, static_argnames="kind")(x, kind="learned", embedding=table, offset=offset))
+        add_positions(x, position_ids(x, offset), kind="learned", embedding=table)
+    out = np.asarray(added(x, position_ids(x, offset), kind="learned", embedding=table))
     assert np.isnan(out[1, -1]).all()
     assert np.isfinite(out[0]).all()
     assert np.isfinite(out[1, :-1]).all()
 
 
 def test_more_tokens_than_the_learned_table_raise_under_jit_too():
+    def lengthened(x, table):
+        return add_positions(x, position_ids(x), kind="learned", embedding=table)
+
     with pytest.raises(ValueError, match="max_length=12 has no position for 13 tokens; shorten the input or raise"):
-        jax.eval_shape(lambda x, table: add_positions(x, kind="learned", embedding=table), jnp.ones((2, 13, 6)), TABLE)
-
-
-TABLE = jax.ShapeDtypeStruct((12, 6), jnp.float32)
+        jax.eval_shape(lengthened, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(2, 13, 6), (12, 6)]))
 
 
 def test_positions_within_the_learned_table_never_raise():
     """More of them than rows, as in packed examples that each count from 0."""
-    table = jnp.asarray(heads((3, 2), 0))
+    table = jnp.asarray(vectors((3, 2), 0))
     ids = np.array([[0, 1, 2, 0, 1, 2]] * 2, "int32")
     np.testing.assert_array_equal(learned(jnp.asarray(ids), table), np.asarray(table)[ids])
+
+
+@pytest.mark.parametrize("offset", [1.5, np.float32([1, 2])])
+def test_an_offset_that_is_no_integer_raises(offset, untyped):
+    with pytest.raises(TypeError, match="an offset must be an integer or an array of them, got float32"):
+        position_ids(jnp.ones((2, 3, 4)), offset)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 1)])
+def test_an_offset_of_another_shape_than_the_batch_raises(shape, untyped):
+    with pytest.raises(ValueError, match=r"one integer or have the batch shape \(2,\), got"):
+        position_ids(jnp.ones((2, 3, 4)), jnp.zeros(shape, jnp.int32))
+
+
+def test_positions_that_are_no_integers_raise(untyped):
+    ids = jnp.asarray([[0.0, 1.5]])
+    with pytest.raises(TypeError, match="positions must be integers, got float32"):
+        sinusoidal(ids, 4)
+    with pytest.raises(TypeError, match="positions must be integers, got float32"):
+        learned(ids, jnp.ones((3, 4)))
+
+
+# what positions are for
+
+
+KINDS = sorted(get_args(Positions), key=lambda kind: kind != "none")
+
+
+def of_two_layers(kind):
+    return TransformerConfig(
+        source_vocab_size=11, d_model=8, num_heads=2, d_ff=16, num_encoder_layers=2, max_length=8, positions=kind,
+        relative_distance=3, relative_buckets=4, dropout_rate=0.0, dtype="float64", param_dtype="float64",
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encoded(config, weights, tokens):
+    return equinox_impl.evaluation(
+        equinox_impl.from_weights(config, weights, model_class=equinox_impl.EncoderOnlyTransformer)
+    )(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds)
+@settings(max_examples=5)
+def test_a_stack_without_an_encoding_is_permutation_equivariant_and_with_each_it_is_not(kind, seed):
+    with jax.enable_x64(True):
+        config, rng = of_two_layers(kind), np.random.default_rng(seed)
+        weights = random_weights(config, seed, model_class="EncoderOnlyTransformer")
+        tokens = np.array([rng.permutation(11)[:6] for _ in range(2)], "int32")
+        order = [[1, 0, 2, 3, 4, 5], [2, 4, 0, 5, 1, 3], [5, 0, 1, 2, 3, 4]][seed % 3]  # none keeps all distances
+        logits, moved = (np.asarray(encoded(config, weights, t)) for t in (tokens, tokens[:, order]))
+    difference = np.abs(moved - logits[:, order]).max()
+    scale = np.abs(logits).max()
+    assert difference <= 1e-12 * scale if kind == "none" else difference >= 1e-6 * scale

@@ -1,6 +1,7 @@
 """Laws of the weight file: every bit comes back, and no broken file is read."""
 
 import os
+import stat
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.weights import check_weights, dotted, load, save
+from core.weights import check_weights, dotted, load, owned, save
 from tests.strategies import seeds
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int32", "uint8", "uint16", "uint32", "bool"]
@@ -152,15 +153,63 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+def test_the_new_file_is_on_the_disk_before_it_takes_the_name_and_then_the_name_is(tmp_path, monkeypatch):
     calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr("os.fsync", lambda fd: (calls.append(f"fsync {os.fstat(fd).st_size > 0}"), fsync(fd)))
+    fsync, replace, close = os.fsync, os.replace, os.close
+    kind = lambda fd: "directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else f"file {os.fstat(fd).st_size > 0}"
+    monkeypatch.setattr("os.fsync", lambda fd: (calls.append(f"fsync {kind(fd)}"), fsync(fd)))
+    monkeypatch.setattr("os.close", lambda fd: (calls.append(f"close {kind(fd)}"), close(fd)))
     monkeypatch.setattr(
         "os.replace", lambda a, b: (calls.append(f"replace {Path(a).parent == tmp_path}"), replace(a, b))
     )
     save(tmp_path / "w", {"a": random_bits("float32", (2,), 0)})
-    assert calls[:2] == ["fsync True", "replace True"]
+    assert calls == ["fsync file True", "replace True", "fsync directory", "close directory"]
+
+
+def test_a_directory_that_cannot_be_written_through_is_closed(tmp_path, monkeypatch):
+    """The new file has its name by then, so it stays."""
+    calls, fsync, close = [], os.fsync, os.close
+
+    def fail_once_replaced(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError("no such call on this disk")
+        fsync(fd)
+
+    monkeypatch.setattr("os.fsync", fail_once_replaced)
+    monkeypatch.setattr("os.close", lambda fd: (calls.append(fd), close(fd)))
+    with pytest.raises(OSError, match="no such call"):
+        save(tmp_path / "w", {"a": random_bits("float32", (2,), 0)})
+    monkeypatch.undo()
+    assert len(calls) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """The temporary file was never there, and to remove it is no second error."""
+    with pytest.raises(FileNotFoundError) as error:
+        save(tmp_path / "none" / "w", {"a": random_bits("float32", (2,), 0)})
+    assert error.value.__context__ is None
+
+
+def test_the_name_of_the_metadata_is_refused_before_any_file_is_touched(tmp_path):
+    with pytest.raises(ValueError, match="the name __metadata__ belongs to the safetensors format"):
+        save(tmp_path / "w", {"a": random_bits("float32", (2,), 0), "__metadata__": random_bits("float32", (2,), 0)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owned_array_outlives_the_one_that_it_was_made_from():
+    array = jnp.arange(3.0)
+    mine = owned(array)
+    array.delete()
+    assert mine.tolist() == [0, 1, 2]
+    assert owned(np.arange(3, dtype="int32")).tolist() == [0, 1, 2]
+    buffer = np.arange(3, dtype="float32")
+    mine, buffer[:] = owned(buffer), 7
+    assert mine.tolist() == [0, 1, 2]
+
+
+def test_owning_is_no_operation_inside_a_program():
+    assert jax.make_jaxpr(owned)(jnp.arange(3.0)).eqns == []
 
 
 @pytest.mark.parametrize(
