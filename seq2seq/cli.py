@@ -1,19 +1,22 @@
-"""The command line: `isoformer train | evaluate | generate | compare`."""
+"""The command line: `isoformer train | evaluate | generate | attention | encodings | conform | compare`."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from core.config import TransformerConfig
+from conformance.cli import conform
+from core.config import NormOrder, Positions, TransformerConfig
 from seq2seq.compare import compare as run_comparison
 from seq2seq.errors import UserError
 from seq2seq.evaluation import predict, sequence_scores, token_scores
 from seq2seq.frontends import frontend as load_frontend
 from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.pictures import attention_maps, gallery, run_encodings
+from seq2seq.plots import plot_absolute_encodings, plot_attention, plot_relative_encodings
 from seq2seq.runs import Run
 from seq2seq.tasks import Task, load_task
 from seq2seq.training import train as run_training
@@ -25,6 +28,7 @@ app = typer.Typer(
     help="One Transformer, two structures: train, evaluate and run it in Flax NNX or in Equinox, or compare the two.",
 )
 console = Console()
+app.command()(conform)
 
 RunFolder = Annotated[Path, typer.Argument(help="A folder that `isoformer train` made.", show_default=False)]
 OtherFrontend = Annotated[
@@ -51,8 +55,8 @@ def train(
     num_heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     d_ff: Annotated[int, typer.Option(help="Feed-forward width.")] = 512,
     layers: Annotated[int, typer.Option(help="Encoder layers, and as many decoder layers.")] = 2,
-    positions: Annotated[str, typer.Option(help="sinusoidal, learned, rotary or none.")] = "sinusoidal",
-    norm_order: Annotated[str, typer.Option(help="pre or post.")] = "pre",
+    positions: Annotated[str, typer.Option(help=f"{', '.join(get_args(Positions))}.")] = "sinusoidal",
+    norm_order: Annotated[str, typer.Option(help=f"{', '.join(get_args(NormOrder))}.")] = "pre",
     dropout_rate: Annotated[float, typer.Option(help="From 0 to below 1.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
@@ -135,6 +139,50 @@ def generate(
 
 
 @app.command()
+def attention(
+    run: RunFolder,
+    word: Annotated[str, typer.Argument(help="What to transform; quote a sequence with blanks.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/attention"),
+    frontend: OtherFrontend = None,
+) -> None:
+    """Draw where a run's best weights look, by layer and head, while they transform a word."""
+    opened = Run.open(run)
+    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
+    model, source = opened.load_model(package, task), task.parse(word)
+    (target,) = predict(package, model, task, [source], tokens=opened.options.tokens)
+    maps, symbols, letters = attention_maps(package, model, task, source, target)
+    folder = make_folder(output)
+    for file, suffix, queries, keys in (
+        ("encoder.png", "attention", letters, letters),
+        ("decoder.png", "attention", symbols, symbols),
+        ("cross.png", "cross_attention", symbols, letters),
+    ):
+        side = "encoder" if file == "encoder.png" else "decoder"
+        shown = {n: m for n, m in maps.items() if n.startswith(side) and n.rpartition(".")[2] == suffix}
+        plot_attention(folder / file, shown, queries, keys, title=f"{word}: {' '.join(task.target.decode(target))}")
+    console.print(f"encoder.png, decoder.png and cross.png are in {folder}")
+
+
+@app.command()
+def encodings(
+    run: Annotated[
+        Path | None, typer.Argument(help="A folder that `isoformer train` made.", show_default="every kind, untrained")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/encodings"),
+    length: Annotated[int, typer.Option(help="Positions to show.")] = 48,
+) -> None:
+    """Draw encodings of positions: those that a run has learned, or a gallery of every kind."""
+    opened, folder = None if run is None else Run.open(run), make_folder(output)
+    absolute, relative = gallery(length) if opened is None else run_encodings(opened, length)
+    if absolute:
+        plot_absolute_encodings(folder / "absolute.png", absolute)
+    if relative:
+        plot_relative_encodings(folder / "relative.png", relative)
+    drawn = [name for name, found in (("absolute.png", absolute), ("relative.png", relative)) if found]
+    console.print(f"{' and '.join(drawn)} in {folder}" if drawn else "this run has no positions to draw")
+
+
+@app.command()
 def compare(
     minutes: Annotated[float, typer.Option(help="How long to train, both frontends together.")] = 4.0,
     output: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("runs/compare"),
@@ -156,6 +204,15 @@ def task_config(task: Task, **fields) -> TransformerConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it was not there. UserError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold pictures: {error.strerror}; give another --output") from None
+    return folder
 
 
 def main() -> None:

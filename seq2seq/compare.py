@@ -12,12 +12,13 @@ from rich.console import Console
 
 from core.config import TransformerConfig
 from seq2seq.agreement import bit_difference, step_difference, text_identity
-from seq2seq.batches import Pair, batch, pairs
+from seq2seq.batches import batch, pairs
 from seq2seq.errors import UserError
 from seq2seq.evaluation import predict, sequence_scores, token_scores
 from seq2seq.frontends import FRONTENDS, frontend
 from seq2seq.measure import lines_of_code, measure_alone, timed
 from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.pictures import attention_maps
 from seq2seq.report import Report
 from seq2seq.tasks import Example, load_task
 from seq2seq.training import endless_batches, progress_bar
@@ -221,17 +222,8 @@ class Comparison:
     def draw_attention(self, example: Example) -> None:
         """The decoder's cross-attention while it is given the right pronunciation."""
         package, model = self.packages["nnx"], self.trainers["nnx"].model
-        target = example.targets[0]
-        made = batch([Pair(example.source, target)], len(target) + 1 + len(example.source), 1)
-        masks = {"source_mask": made.source_mask, "target_mask": made.target_mask}
-        _, weights = package.evaluation(model).run(made.source, made.inputs, **masks, return_weights=True)
-        cross = {
-            name.removeprefix("decoder.blocks.").replace(".cross_attention", ""): np.asarray(value)
-            for name, value in weights.items()
-            if name.endswith("cross_attention")
-        }
-        letters, phones = self.task.source.decode(example.source), [*self.task.target.decode(target), "end"]
-        shown = {f"layer {layer}": value[0, :, : len(phones), : len(letters)] for layer, value in cross.items()}
+        maps, phones, letters = attention_maps(package, model, self.task, example.source, example.targets[0])
+        shown = {name: weights for name, weights in maps.items() if name.endswith("cross_attention")}
         self.report.attention(shown, phones, letters, title=f"where each phone of '{''.join(letters)}' looked")
 
     def record_error_rate(self, step: int, words: list[Example]) -> None:

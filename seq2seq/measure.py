@@ -1,6 +1,7 @@
 """What one frontend costs, measured in a process of its own: `python -m seq2seq.measure nnx CONFIG.json`."""
 
 import ast
+import io
 import json
 import os
 import resource
@@ -8,6 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
+import token
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from core.config import TransformerConfig
 from seq2seq.batches import Pair, batch
 from seq2seq.frontends import frontend
 from seq2seq.optimizer import TrainingOptions, make_optimizer
+
+_NOT_CODE = {token.COMMENT, token.NL, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER, token.ENCODING}
 
 
 def measure_alone(name: str, config: TransformerConfig) -> dict[str, float]:
@@ -76,18 +81,22 @@ def _host_overhead(package: Any, config: TransformerConfig, options: TrainingOpt
 
 def lines_of_code(package: Any) -> int:
     """Lines of a package that hold code: no comments, docstrings or blank lines."""
-    lines = set()
+    number = 0
     for path in sorted(Path(package.__file__).parent.glob("*.py")):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if isinstance(node, ast.stmt) and not docstring:
-                body = getattr(node, "body", None)
-                last = body[0].lineno - 1 if body else node.end_lineno
-                lines |= {(path.name, line) for line in range(node.lineno, (last or node.lineno) + 1)}
-        text = path.read_text().splitlines()
-        lines = {(name, i) for name, i in lines if name != path.name or text[i - 1].strip()}
-    return len(lines)
+        text = path.read_text()
+        docstrings = {
+            line
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        spans = (
+            range(word.start[0], word.end[0] + 1)
+            for word in tokenize.generate_tokens(io.StringIO(text).readline)
+            if word.type not in _NOT_CODE
+        )
+        number += len({line for span in spans for line in span} - docstrings)
+    return number
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

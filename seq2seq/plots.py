@@ -1,9 +1,10 @@
-"""Pictures: curves and attention heat-maps."""
+"""Figures: curves, and heat-maps of attention and of encodings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -37,3 +38,35 @@ def plot_attention(
             axes.tick_params(labelsize=7, length=0)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def plot_absolute_encodings(path: Path, tables: Mapping[str, np.ndarray]) -> None:
+    """One panel a name, of its `[L, D]` table: positions down, features across."""
+    figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
+    for axes, (name, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        _signed(figure, axes, table)
+        axes.set_title(name, fontsize=8)
+        axes.set(xlabel="feature", ylabel="position")
+    figure.savefig(path, dpi=150)
+
+
+def plot_relative_encodings(path: Path, logits: Mapping[str, np.ndarray]) -> None:
+    """One row a name and one column a head, of its `[N, T, S]` logits: queries down, keys across."""
+    heads = max(value.shape[0] for value in logits.values())
+    figure = Figure(figsize=(1 + 2.2 * heads, 0.5 + 2.2 * len(logits)), layout="constrained")
+    grid = figure.subplots(len(logits), heads, squeeze=False, sharex=True, sharey=True)
+    for row, (name, value) in zip(grid, logits.items(), strict=True):
+        for head, (axes, head_logits) in enumerate(zip(row, value, strict=True)):
+            _signed(figure, axes, head_logits)
+            axes.set_title(f"{name}, head {head}", fontsize=7)
+            axes.tick_params(labelsize=7)
+    figure.supxlabel("key", fontsize=8)
+    figure.supylabel("query", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _signed(figure: Figure, axes: Axes, values: np.ndarray) -> None:
+    """A heat-map in which white is 0."""
+    farthest = float(np.abs(values).max(initial=0.0)) or 1.0
+    image = axes.imshow(values, vmin=-farthest, vmax=farthest, cmap="RdBu", aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
