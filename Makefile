@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := .venv-torch
 
-.PHONY: compare test test-slow test-install test-torch lint format types check bench hooks lock clean
+.PHONY: compare test test-slow test-install test-torch mutation lint format types check bench hooks lock clean
 
 compare: $(READY)
 	$(BIN)/isoformer compare
@@ -21,6 +21,9 @@ test-install: $(READY)
 
 test-torch: $(TORCH)/.ready
 	$(TORCH)/bin/python -m pytest -m torch
+
+mutation: $(READY)
+	$(BIN)/python -m tests.mutate $(FILES)
 
 lint: $(READY)
 	$(BIN)/ruff check .
