@@ -20,6 +20,7 @@ def model() -> Transformer:
     return Transformer(CONFIG, key=jax.random.key(0))
 
 
+@eqx.filter_jit
 def logits(model, key=None):
     return model(BATCH.source, BATCH.inputs, source_mask=BATCH.source_mask, target_mask=BATCH.target_mask, key=key)
 
@@ -64,18 +65,17 @@ def test_relative_positions_are_leaves_like_any_other(config, tmp_path):
     assert same_bits(eqx.filter(made, eqx.is_array), eqx.filter(made, eqx.is_inexact_array))
     names = [name for name in equinox_impl.to_weights(made) if ".relative." in name]
     assert len(names) == 2 * {"shaw": 2, "t5": 1, "transformer_xl": 3}[config.positions]
-    run = eqx.filter_jit(logits)
-    expected = run(evaluation(made))
+    expected = logits(evaluation(made))
     changed = eqx.tree_at(
         where, made, replace_fn=lambda table: table + jnp.arange(float(table.size)).reshape(table.shape)
     )
-    assert not same_bits(run(evaluation(changed)), expected)
+    assert not same_bits(logits(evaluation(changed)), expected)
     params, static = eqx.partition(evaluation(made), eqx.is_inexact_array)
-    assert same_bits(run(eqx.combine(params, static)), expected)
+    assert same_bits(logits(eqx.combine(params, static)), expected)
     eqx.tree_serialise_leaves(tmp_path / "model.eqx", made)
     skeleton = eqx.filter_eval_shape(lambda: Transformer(config, key=jax.random.key(9)))
     assert same_bits(eqx.tree_deserialise_leaves(tmp_path / "model.eqx", skeleton), made)
-    assert same_bits(run(evaluation(equinox_impl.from_weights(config, equinox_impl.to_weights(made)))), expected)
+    assert same_bits(logits(evaluation(equinox_impl.from_weights(config, equinox_impl.to_weights(made)))), expected)
 
 
 def test_relative_positions_alone_can_be_trained():
@@ -138,7 +138,8 @@ def test_a_frozen_subtree_does_not_move():
             lambda m: m.decoder, jax.tree.map(lambda _: False, made), jax.tree.map(eqx.is_inexact_array, made.decoder)
         )
         trained, frozen = eqx.partition(made, wanted)
-        grads = eqx.filter_grad(lambda t: equinox_impl.loss_fn(eqx.combine(t, frozen), BATCH)[0])(trained)
+        loss = lambda trained: equinox_impl.loss_fn(eqx.combine(trained, frozen), BATCH)[0]
+        grads = eqx.filter_jit(eqx.filter_grad(loss))(trained)
         updates, _ = tx.update(grads, tx.init(trained), trained)
         moved = eqx.combine(eqx.apply_updates(trained, updates), frozen)
     assert same_bits(moved.encoder, made.encoder)
@@ -161,12 +162,10 @@ def test_a_train_step_learns_and_leaves_the_batch_alone():
 def test_per_example_calls_under_vmap_take_a_key_each():
     made = model()
     keys = jax.random.split(jax.random.key(3), 2)
-    one = jax.vmap(lambda source, target, key: made(source, target, key=key))
-    outputs = one(BATCH.source, BATCH.inputs, keys)
+    one = eqx.filter_jit(lambda source, target, key: made(source, target, key=key))
+    outputs = jax.vmap(one)(BATCH.source, BATCH.inputs, keys)
     for i in range(2):
-        np.testing.assert_allclose(
-            outputs[i], made(BATCH.source[i], BATCH.inputs[i], key=keys[i]), rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(outputs[i], one(BATCH.source[i], BATCH.inputs[i], keys[i]), rtol=1e-5, atol=1e-5)
 
 
 def test_an_ensemble_is_made_and_called_by_filter_vmap():
@@ -182,7 +181,7 @@ def test_an_ensemble_has_its_own_relative_positions():
     ensemble = evaluation(eqx.filter_vmap(lambda key: Transformer(config, key=key))(keys))
     assert ensemble.encoder.relative.embedding.shape == (2, 4, 2)
     outputs = eqx.filter_jit(eqx.filter_vmap(logits, in_axes=(eqx.if_array(0),)))(ensemble)
-    one = eqx.filter_jit(logits)(evaluation(Transformer(config, key=keys[1])))
+    one = logits(evaluation(Transformer(config, key=keys[1])))
     np.testing.assert_allclose(outputs[1], one, rtol=1e-4, atol=1e-5)
 
 

@@ -33,6 +33,7 @@ def model() -> Transformer:
     return Transformer(CONFIG, rngs=nnx.Rngs(0))
 
 
+@nnx.jit
 def logits(model, rngs=None):
     return model(BATCH.source, BATCH.inputs, source_mask=BATCH.source_mask, target_mask=BATCH.target_mask, rngs=rngs)
 
@@ -58,14 +59,14 @@ def test_relative_positions_are_parameters_found_by_type_and_by_path(config):
 @pytest.mark.parametrize("config", LEARNED_DISTANCES.values(), ids=LEARNED_DISTANCES)
 def test_views_splits_and_weights_keep_relative_positions(config):
     made = Transformer(config, rngs=nnx.Rngs(0))
-    expected = nnx.jit(logits)(evaluation(made))
+    expected = logits(evaluation(made))
     weights = nnx_impl.to_weights(made)
-    assert same_bits(nnx.jit(logits)(evaluation(nnx_impl.from_weights(config, weights))), expected)
-    assert same_bits(nnx.jit(logits)(nnx.merge(*nnx.split(evaluation(made)))), expected)
+    assert same_bits(logits(evaluation(nnx_impl.from_weights(config, weights))), expected)
+    assert same_bits(logits(nnx.merge(*nnx.split(evaluation(made)))), expected)
     table = next(p for path, p in nnx.to_flat_state(nnx.state(made)) if "relative" in path and "encoder" in path)
     table[...] = table[...] + 1 if config.positions == "transformer_xl" else -9 * table[...]
     view = evaluation(made)
-    assert not same_bits(nnx.jit(logits)(view), expected)  # what is changed in the model is seen by its view
+    assert not same_bits(logits(view), expected)  # what is changed in the model is seen by its view
 
 
 def test_relative_positions_alone_can_be_trained():
@@ -124,7 +125,7 @@ def test_evaluation_changes_no_state_and_training_only_the_stream():
 def test_split_merge_and_plain_jit_give_the_same_numbers():
     made = evaluation(model())
     graphdef, state = nnx.split(made)
-    expected = nnx.jit(logits)(made)
+    expected = logits(made)
     assert same_bits(jax.jit(lambda state: logits(nnx.merge(graphdef, state)))(state), expected)
     assert same_bits(jax.jit(logits)(made), expected)
 
@@ -150,7 +151,8 @@ def test_only_the_parameters_asked_for_are_trained():
         wrt = nnx.All(nnx.Param, nnx.PathContains("decoder"))
         optimizer = nnx.Optimizer(made, optax.adamw(1e-2), wrt=wrt)
         graphdef, trained, rest = nnx.split(made, wrt, ...)
-        grads = jax.grad(lambda trained: nnx_impl.loss_fn(nnx.merge(graphdef, trained, rest), BATCH)[0])(trained)
+        loss = lambda trained: nnx_impl.loss_fn(nnx.merge(graphdef, trained, rest), BATCH)[0]
+        grads = jax.jit(jax.grad(loss))(trained)
         optimizer.update(made, grads)
     moved = {name for name, array in nnx_impl.to_weights(made).items() if not same_bits(array, before[name])}
     assert moved
