@@ -646,7 +646,7 @@ def test_values_of_shaw_are_weighed_as_the_values_are(dropped, seed):
         rules |= {"dropout_rate": 0.5, "dropout_key": jax.random.key(seed)}
     again = rules | ({"dropout_key": jax.random.clone(rules["dropout_key"])} if dropped else {})
     with_rows = attend(q, k, v, relative=Shaw(keys, row.repeat(5, axis=0)), **rules)[0]
-    added = attend(q, k, v + row, relative=Shaw(keys), **again)[0]
+    added = attend(q, k, v + np.asarray(row), relative=Shaw(keys), **again)[0]
     np.testing.assert_allclose(with_rows, added, rtol=0, atol=64 * U * (np.abs(v).max() + np.abs(row).max()))
 
 
