@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -10,17 +10,12 @@ from rich.table import Table
 
 from conformance.cli import conform
 from core.config import NormOrder, Positions, TransformerConfig
-from seq2seq.compare import compare as run_comparison
 from seq2seq.errors import UserError
-from seq2seq.evaluation import predict, sequence_scores, token_scores
-from seq2seq.frontends import frontend as load_frontend
-from seq2seq.optimizer import TrainingOptions, make_optimizer
-from seq2seq.pictures import attention_maps, gallery, run_encodings
-from seq2seq.plots import plot_absolute_encodings, plot_attention, plot_relative_encodings
-from seq2seq.runs import Run
-from seq2seq.tasks import Task, load_task
-from seq2seq.training import train as run_training
 
+if TYPE_CHECKING:
+    from seq2seq.tasks import Task
+
+# each command imports what it needs: --help answers at once, and `conform` goes without the rest of the application
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -61,6 +56,12 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
     """Train a model; the best weights by validation loss are kept."""
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.optimizer import TrainingOptions
+    from seq2seq.runs import Run
+    from seq2seq.tasks import load_task
+    from seq2seq.training import train as run_training
+
     package, loaded = load_frontend(frontend), load_task(task)
     config = task_config(
         loaded,
@@ -104,6 +105,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Score a run's best weights on held-out examples."""
+    from seq2seq.evaluation import sequence_scores, token_scores
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.optimizer import make_optimizer
+    from seq2seq.runs import Run
+    from seq2seq.tasks import load_task
+
     opened = Run.open(run)
     name = frontend or opened.frontend
     package, task = load_frontend(name), load_task(opened.task)
@@ -130,6 +137,11 @@ def generate(
     frontend: OtherFrontend = None,
 ) -> None:
     """Show what a run's best weights make of words that you type."""
+    from seq2seq.evaluation import predict
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.runs import Run
+    from seq2seq.tasks import load_task
+
     opened = Run.open(run)
     package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
     sources = [task.parse(word) for word in words]
@@ -146,6 +158,13 @@ def attention(
     frontend: OtherFrontend = None,
 ) -> None:
     """Draw where a run's best weights look, by layer and head, while they transform a word."""
+    from seq2seq.evaluation import predict
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.pictures import attention_maps
+    from seq2seq.plots import plot_attention
+    from seq2seq.runs import Run
+    from seq2seq.tasks import load_task
+
     opened = Run.open(run)
     package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
     model, source = opened.load_model(package, task), task.parse(word)
@@ -172,6 +191,10 @@ def encodings(
     length: Annotated[int, typer.Option(help="Positions to show.")] = 48,
 ) -> None:
     """Draw encodings of positions: those that a run has learned, or a gallery of every kind."""
+    from seq2seq.pictures import gallery, run_encodings
+    from seq2seq.plots import plot_absolute_encodings, plot_relative_encodings
+    from seq2seq.runs import Run
+
     opened, folder = None if run is None else Run.open(run), make_folder(output)
     absolute, relative = gallery(length) if opened is None else run_encodings(opened, length)
     if absolute:
@@ -189,11 +212,13 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
     """Train both frontends side by side on pronunciation, check that they agree bit for bit, and compare them."""
+    from seq2seq.compare import compare as run_comparison
+
     report = run_comparison(output, minutes=minutes, seed=seed, console=console)
     raise typer.Exit(1 if not report.agreed else 130 if report.interrupted else 0)
 
 
-def task_config(task: Task, **fields) -> TransformerConfig:
+def task_config(task: "Task", **fields) -> TransformerConfig:
     """The configuration of a model for a task. UserError for what the fields may not be."""
     try:
         return TransformerConfig(
@@ -219,8 +244,10 @@ def main() -> None:
     """The entry point: what a user can mend is one sentence and exit code 2."""
     try:
         app()
-    except UserError as error:
-        Console(stderr=True).print(f"isoformer: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    except (UserError, ModuleNotFoundError) as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        text = f"this command needs {error.name}; run: pip install 'isoformer[app]'" if missing else error
+        Console(stderr=True).print(f"isoformer: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENTS = ROOT / "tests/mutation_equivalents.txt"
-TESTS = {"core/attention.py": ["tests/test_attention.py", "tests/test_cache.py"]}
+TESTS = {"core/attention.py": [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]}
 """Where the tests of a file are not tests/test_<file>.py alone."""
 PASS_MARK, COUNTED_FROM = 0.95, 200
 """The score that a run must reach if it has so many mutants; fewer say too little."""

@@ -63,6 +63,7 @@ def configs(draw, **fixed) -> TransformerConfig:
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": draw(st.sampled_from([None, 1, max(1, heads // 2)])),
+        "value_dim": draw(st.sampled_from([None, 3])),
         "d_ff": draw(st.sampled_from([5, 16])),
         "num_encoder_layers": draw(st.integers(0, 2)),
         "num_decoder_layers": draw(st.integers(0, 2)),

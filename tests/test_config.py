@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from core.config import TransformerConfig
+from core.config import TransformerConfig, check_window
 from tests.strategies import configs
 
 nan, inf = float("nan"), float("inf")
@@ -100,7 +100,8 @@ def test_the_defaults_are_the_base_model_of_2017():
     assert (config.num_encoder_layers, config.num_decoder_layers) == (6, 6)
     assert (config.activation, config.norm, config.norm_order) == ("relu", "layer_norm", "post")
     assert (config.positions, config.scale_embeddings, config.parallel_residual) == ("sinusoidal", True, False)
-    assert config.embedding_scale == 512**0.5
+    assert (config.attention_bias, config.feed_forward_bias, config.norm_epsilon) == (False, True, 1e-6)
+    assert (config.embedding_scale, config.max_length) == (512**0.5, 1024)
 
 
 def test_what_was_invented_later_is_off_unless_asked_for():
@@ -134,9 +135,32 @@ def test_the_last_valid_value_is_valid(fields):
     assert TransformerConfig.from_json(config.to_json()) == config
 
 
+def test_fields_are_given_by_name():
+    with pytest.raises(TypeError, match="positional argument"):
+        TransformerConfig(8, 9)
+
+
+@pytest.mark.parametrize("window", [[1, 2], np.array([1, 2]), "12"])
+def test_a_window_is_a_tuple(window, untyped):
+    with pytest.raises(ValueError, match=r"a window must be \(left, right\)"):
+        check_window(window)
+
+
+@pytest.mark.parametrize("sizes", [(7, None), (None, 7), (7, 7)])
+def test_one_joint_vocabulary_may_be_named_on_one_side(sizes):
+    config = TransformerConfig(source_vocab_size=sizes[0], target_vocab_size=sizes[1], tie_embeddings="all")
+    assert (config.source_vocab_size, config.target_vocab_size) == sizes
+
+
+def test_stochastic_depth_grows_evenly_to_its_rate_at_the_last_layer():
+    config = TransformerConfig(stochastic_depth_rate=0.5)
+    assert [config.depth_rate(layer, 4) for layer in range(4)] == [0.125, 0.25, 0.375, 0.5]
+
+
 def test_derived_numbers_follow_their_fields():
     config = TransformerConfig(d_model=8, num_heads=2, dropout_rate=0.3)
     assert (config.rotary_width, config.stack_dropout_rate, config.embedding_scale) == (4, 0.3, 8**0.5)
+    assert (config.value_width, config.replace(value_dim=3).value_width) == (4, 3)
     config = config.replace(rotary_dim=2, embedding_dropout_rate=0.0, scale_embeddings=False)
     assert (config.rotary_width, config.stack_dropout_rate, config.embedding_scale) == (2, 0.0, 1.0)
 
@@ -164,6 +188,7 @@ def test_json_gives_back_the_same_configuration(config):
     back = TransformerConfig.from_json(config.to_json())
     assert back == config
     assert hash(back) == hash(config)
+    assert '{\n  "source_vocab_size"' in config.to_json()  # to be read
     assert set(json.loads(config.to_json())) == {field.name for field in dataclasses.fields(config)}
 
 

@@ -1,4 +1,4 @@
-"""Each frontend installs and works in a clean environment that has only its own framework."""
+"""Each part installs and works in a clean environment that has only its own extra."""
 
 import subprocess
 import sys
@@ -17,17 +17,45 @@ print(generate(init_transformer(config, seed=0), jnp.array([[3, 4, 5]]), max_len
 """
 
 
+MINE = """
+import numpy as np
+from conformance.adapters import Slopes
+adapter = Slopes("mine", lambda *, num_heads: 2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads))
+"""
+
+
+def installed(extra, folder):
+    """The programs of an environment that holds only what the extra asks for."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    copy = folder / "source"  # a build leaves folders behind
+    subprocess.run(["git", "clone", "--quiet", ROOT, copy], check=True)
+    versions = ["--constraint", ROOT / "requirements.lock"]
+    programs = folder / "venv/bin"
+    subprocess.run([programs / "pip", "install", "--quiet", *versions, f"{copy}[{extra}]"], check=True)
+    return programs
+
+
 @pytest.mark.install
 @pytest.mark.parametrize(
     ("extra", "package", "other"), [("nnx", "nnx_impl", "equinox"), ("equinox", "equinox_impl", "flax")]
 )
 def test_a_frontend_installs_without_the_other_framework(extra, package, other, tmp_path):
-    python = tmp_path / "venv/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    copy = tmp_path / "source"  # a build leaves folders behind
-    subprocess.run(["git", "clone", "--quiet", ROOT, copy], check=True)
-    versions = ["--constraint", ROOT / "requirements.lock"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *versions, f"{copy}[{extra}]"], check=True)
     code = WORKS.format(package=package, other=other)
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [installed(extra, tmp_path) / "python", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "(1, 4)\n", done.stderr
+
+
+@pytest.mark.install
+def test_the_conformance_kit_needs_no_framework(tmp_path):
+    program = installed("conform", tmp_path) / "isoformer"
+    (tmp_path / "mine.py").write_text(MINE)
+    run = lambda *arguments: subprocess.run(
+        [program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": "."}
+    )
+    done = run("conform", "mine:adapter")
+    assert done.returncode == 1, done.stderr  # only for powers of two is that the rule
+    assert "defect" in done.stdout
+    missing = run("train")
+    assert missing.returncode == 2
+    assert "run: pip install 'isoformer[app]'" in missing.stderr

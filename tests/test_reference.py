@@ -46,7 +46,6 @@ def oracle_configs(draw, **fixed):
         "norm_epsilon": draw(st.sampled_from([1e-1, 1e-3])),
         "relative_distance": distance,
         "relative_buckets": buckets,
-        "value_dim": draw(st.sampled_from([None, 3])),
         "rotary_theta": draw(st.sampled_from([7.0, 10_000.0])),
         "rotary_original_length": draw(st.sampled_from([20, 2048])),
     }
