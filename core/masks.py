@@ -6,7 +6,7 @@ A mask becomes an array only where it meets the logits `[*B, N, T, S]`: there qu
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Integer
 
 from core.config import check_window
+from core.values import STATIC, value
 
 Offset = int | Integer[Array, "..."]
 _FARTHEST = 2**31 - 1  # positions are int32
@@ -77,16 +78,7 @@ class Mask:
     __ror__ = __or__
 
 
-M = TypeVar("M", bound=Mask)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def _mask(cls: type[M]) -> type[M]:
-    """A frozen dataclass that is a pytree, so that masks pass through jit, vmap and scan."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
-
-
-@_mask
+@value
 class Causal(Mask):
     """Keys at positions up to the query's own.
 
@@ -98,12 +90,12 @@ class Causal(Mask):
         return grid.ahead() <= 0
 
 
-@_mask
+@value
 class Window(Mask):
     """At most `left` keys before and `right` keys after the query's own position (Beltagy et al. 2020)."""
 
-    left: int = dataclasses.field(metadata={"static": True})
-    right: int = dataclasses.field(metadata={"static": True})
+    left: int = dataclasses.field(metadata=STATIC)
+    right: int = dataclasses.field(metadata=STATIC)
 
     def __post_init__(self) -> None:
         check_window((self.left, self.right))
@@ -113,7 +105,7 @@ class Window(Mask):
         return (-min(self.left, _FARTHEST) <= ahead) & (ahead <= min(self.right, _FARTHEST))
 
 
-@_mask
+@value
 class Prefix(Mask):
     """The first `length` keys, which may differ by row: `Causal() | Prefix(n)` is a prefix language model."""
 
@@ -129,7 +121,7 @@ class Prefix(Mask):
         return grid.keys() < length.astype(jnp.int32).reshape(*(length.shape or (1,) * len(batch)), 1, 1, 1)
 
 
-@_mask
+@value
 class Padding(Mask):
     """The real keys of each row, `real [*B, S]`, True at real tokens."""
 
@@ -141,7 +133,7 @@ class Padding(Mask):
         return self.real[..., None, None, :]
 
 
-@_mask
+@value
 class Segments(Mask):
     """Keys of the query's own segment: several sequences packed into one row, told apart by integer ids."""
 
@@ -158,7 +150,7 @@ class Segments(Mask):
         return self.queries[..., None, :, None] == keys[..., None, None, :]
 
 
-@_mask
+@value
 class Dense(Mask):
     """A bool array of the logits' rank, 1 where it broadcasts."""
 
@@ -170,7 +162,7 @@ class Dense(Mask):
         return self.array
 
 
-@_mask
+@value
 class All(Mask):
     """What every one of several masks allows: `a & b`."""
 
@@ -180,7 +172,7 @@ class All(Mask):
         return functools.reduce(jnp.logical_and, [mask.cells(grid) for mask in self.masks])
 
 
-@_mask
+@value
 class Either(Mask):
     """What at least one of several masks allows: `a | b`."""
 
@@ -190,7 +182,7 @@ class Either(Mask):
         return functools.reduce(jnp.logical_or, [mask.cells(grid) for mask in self.masks])
 
 
-@_mask
+@value
 class Not(Mask):
     """What a mask forbids: `~a`."""
 

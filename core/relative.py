@@ -8,7 +8,6 @@ column c belongs to the key T - 1 - c + q_offset positions behind the query, and
 import dataclasses
 import functools
 import math
-from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int, Integer
 from core.layers import linear
 from core.masks import Grid
 from core.positions import sinusoidal
+from core.values import STATIC, value
 
 
 class Relative:
@@ -34,19 +34,7 @@ class Relative:
         return None
 
 
-R = TypeVar("R", bound=Relative)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def _relative(cls: type[R]) -> type[R]:
-    """A frozen dataclass that is a pytree: its arrays can be learned."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
-
-
-_STATIC = {"static": True}
-
-
-@_relative
+@value
 class ALiBi(Relative):
     """-slope * distance, with a slope for each head (Press et al. 2022); nothing is learned."""
 
@@ -69,13 +57,13 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return tuple(slopes + between[: num_heads - lower])
 
 
-@_relative
+@value
 class T5(Relative):
     """A learned logit for each head and bucket of distances (Raffel et al. 2020); `embedding [buckets, N]`."""
 
     embedding: Float[Array, "R N"]
-    bidirectional: bool = dataclasses.field(default=True, metadata=_STATIC)
-    max_distance: int = dataclasses.field(default=128, metadata=_STATIC)
+    bidirectional: bool = dataclasses.field(default=True, metadata=STATIC)
+    max_distance: int = dataclasses.field(default=128, metadata=STATIC)
 
     def logits(self, q, k, grid, *, scale):
         _check_fits("the embedding of T5", self.embedding, (self.embedding.shape[0], q.shape[-2]), "[buckets, N]")
@@ -119,7 +107,7 @@ def t5_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> n
     return np.array(ahead[::-1] + behind, np.int32)
 
 
-@_relative
+@value
 class Shaw(Relative):
     """A learned key, and value, for each distance up to a limit, beyond it the limit's (Shaw et al. 2018).
 
@@ -148,7 +136,7 @@ class Shaw(Relative):
         return table[limit - jnp.clip(_behind(grid), -limit, limit)]
 
 
-@_relative
+@value
 class TransformerXL(Relative):
     """(q + u) k^T + (q + v) R^T, where R projects the sinusoid of the distance (Dai et al. 2019, section 3.3).
 
@@ -166,7 +154,7 @@ class TransformerXL(Relative):
         _check_fits("the kernel", self.kernel, (self.kernel.shape[0], heads * width), "[D, N * H]")
         # products of whole heads, `@` and not einsum: under vmap the same bits
         q, k = q.swapaxes(-2, -3), (k * scale).swapaxes(-2, -3)
-        biases = self.content_bias.astype(dtype).reshape(*(1,) * (k.ndim - 3), k.shape[-3], -1, width)
+        biases = self.content_bias.astype(dtype).reshape(k.shape[-3], -1, width)
         content = (biases @ k.swapaxes(-1, -2)).reshape(*k.shape[:-3], heads, 1, k.shape[-2])
         rows = linear(sinusoidal(_behind(grid), self.kernel.shape[0], dtype), self.kernel)
         rows = rows.reshape(*rows.shape[:-1], heads, width).swapaxes(-2, -3)
@@ -182,10 +170,10 @@ def rel_shift(x: Float[Array, "*B T C"], keys: int) -> Float[Array, "*B T S"]:
     [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
     """
     *batch, queries, columns = x.shape
-    if columns != queries + keys - 1 and queries and keys:
-        raise ValueError(f"rel_shift needs C = T + S - 1 columns, got C={columns}, T={queries}, S={keys}")
-    if not (queries and keys):
+    if not queries:
         return jnp.zeros((*batch, queries, keys), x.dtype)
+    if columns != queries + keys - 1:
+        raise ValueError(f"rel_shift needs C = T + S - 1 columns, got C={columns}, T={queries}, S={keys}")
     # with one more column a row is one longer than the step from row to row, which makes the shift
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]).reshape(*batch, queries * (columns + 1))
     shifted = padded[..., queries - 1 : queries - 1 + queries * columns]
@@ -200,7 +188,7 @@ def rel_unshift(x: Float[Array, "*B T S"]) -> Float[Array, "*B T C"]:
     """
     *batch, queries, keys = x.shape
     columns = max(queries + keys - 1, 0)
-    if not (queries and keys):
+    if not queries:
         return jnp.zeros((*batch, queries, columns), x.dtype)
     widened = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, queries - 1)]).reshape(*batch, queries * columns)
     shifted = jnp.pad(widened, [(0, 0)] * len(batch) + [(queries - 1, 1)])

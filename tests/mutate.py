@@ -1,6 +1,6 @@
 """Mutation testing of core/: is each small fault in a source file noticed by some test of that file?
 
-    python -m tests.mutate [files...] [--sample N] [--seed S] [--json FILE] [--changed BASE]
+    python -m tests.mutate [files...] [--sample N] [--seed S] [--json FILE] [--changed BASE] [--since REPORT]
 
 A fork server: the parent imports everything once but never starts a JAX backend, so that it may fork; each child
 installs one mutated module under the import hook of conftest.py and runs the tests that reach the mutated statement,
@@ -438,6 +438,9 @@ def main() -> int:
         "--json", type=lambda name: Path(name).resolve(), help="write every mutant and its outcome here"
     )
     parser.add_argument("--changed", metavar="BASE", help="only mutants of lines that differ from this commit")
+    parser.add_argument(
+        "--since", type=lambda name: Path(name).resolve(), help="a report; what it says was killed is not tried again"
+    )
     options = parser.parse_args()
     listed, place = equivalents(), snapshot()
     try:
@@ -462,22 +465,31 @@ def chosen_mutants(options: argparse.Namespace) -> dict[str, list[Mutant]]:
     return {file: list(group) for file, group in itertools.groupby(mutants, key=lambda m: m.file)}
 
 
+def killed_before(report: Path) -> dict[str, Result]:
+    """The mutants that a report says were killed. Where tests have only been added, they still are."""
+    rows = [row for row in json.loads(report.read_text())["results"] if row["outcome"] in ("killed", "timeout")]
+    found = [
+        Result(Mutant(**row["mutant"], lines=(), source=""), row["outcome"], row["by"], row["seconds"]) for row in rows
+    ]
+    return {str(result.mutant): result for result in found}
+
+
 def run(options: argparse.Namespace, listed: list[str]) -> int:
     """Tries the mutants that were asked for; 0 if enough are killed and every survivor is listed."""
-    chosen = chosen_mutants(options)
+    chosen, before = chosen_mutants(options), {} if options.since is None else killed_before(options.since)
     warm_up()
     results: list[Result] = []
     for file, mutants in chosen.items():
         start, server, counts = time.time(), Server(file, Path(file).read_text()), Counter()
         for mutant in mutants:
-            results.append(result := server.attempt(mutant))
+            results.append(result := before.get(str(mutant)) or server.attempt(mutant))
             counts[result.outcome] += 1
             if result.outcome != "killed":
                 note = ", not listed" if result.outcome == "survived" and str(mutant) not in listed else ""
                 print(f"{result.outcome}{note} (line {mutant.line})\n{mutant}\n", flush=True)
         seconds = time.time() - start
         outcomes = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("killed", "timeout", "survived", "error"))
-        print(f"{file}: {len(mutants)} mutants, {outcomes}, {seconds:.0f} s, {seconds / len(mutants):.2f} s a mutant\n")
+        print(f"{file}: {len(mutants)} mutants, {outcomes}, {seconds:.0f} s\n", flush=True)
     tried, alive = {str(r.mutant) for r in results}, [r for r in results if r.outcome in ("survived", "error")]
     survivors = [str(r.mutant) for r in alive]
     unlisted = [text for text in survivors if text not in listed]

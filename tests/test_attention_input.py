@@ -31,6 +31,11 @@ BAD = {
     "mask of 2 of 4 heads": ({"mask": jnp.ones((2, 2, 3, 3), bool)}, ValueError, r"\(2, 2, 3, 3\)"),
     "head widths": ({"k": jnp.ones((2, 3, 2, 5))}, ValueError, r"agree in \*B and H.*\(2, 3, 4, 2\).*\(2, 3, 2, 5\)"),
     "batches": ({"k": jnp.ones((1, 3, 2, 2))}, ValueError, r"agree in \*B and H.*\(1, 3, 2, 2\)"),
+    "keys of two axes": (
+        {"q": jnp.ones((3, 4, 2)), "k": jnp.ones((3, 2)), "v": jnp.ones((3, 2, 2))},
+        ValueError,
+        r"agree in \*B and H.*\(3, 2\)",
+    ),
     "ranks": ({"k": jnp.ones((3, 2, 2))}, ValueError, r"agree in \*B and H.*\(3, 2, 2\)"),
     "lengths of k and v": ({"v": jnp.ones((2, 4, 2, 2))}, ValueError, r"k and v must agree.*\(2, 4, 2, 2\)"),
     "heads of k and v": ({"v": jnp.ones((2, 3, 1, 2))}, ValueError, r"k and v must agree.*\(2, 3, 1, 2\)"),

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from core.attention import IMPLEMENTATIONS, dot_product_attention, weighted_values
+from core.attention import (
+    IMPLEMENTATIONS,
+    attention_weights,
+    attention_with_weights,
+    dot_product_attention,
+    weighted_values,
+)
 from core.masks import Dense, Padding, Prefix
 from core.relative import ALiBi, Shaw, alibi_slopes
 from tests.strategies import (
@@ -156,6 +162,17 @@ def test_the_weights_told_are_those_that_were_used(combination, seed):
     exactly(np.asarray(mixed(weights, q_k_v[2])), out)
 
 
+@combinations
+def test_attention_its_weights_and_both_are_one_computation(combination):
+    """Every option reaches each of the three."""
+    q_k_v, given = [jnp.asarray(x) for x in qkv(combination.shape, 7)], options(combination, 7, "float32")
+    rules = rules_of(combination, given) | {"dropout_rate": 0.4}
+    key = lambda: jax.random.key(3)
+    out, weights = attention_with_weights(*q_k_v, **rules, dropout_key=key())
+    exactly(np.asarray(dot_product_attention(*q_k_v, **rules, dropout_key=key())), np.asarray(out))
+    exactly(np.asarray(attention_weights(*q_k_v[:2], **rules)), np.asarray(weights))
+
+
 mixed = jax.jit(weighted_values)
 
 
@@ -259,6 +276,16 @@ def test_each_head_has_its_own_sink(shape, seed):
         assert (out[..., n, :] != before[..., n, :]).all()
 
 
+@pytest.mark.parametrize("sink", [1e4, -1e4, 3e38])
+def test_a_huge_sink_leaves_finite_gradients(sink):
+    shape = SQUARE_SHAPES[0]
+    sinks = jnp.full(shape.N, sink, jnp.float32)
+    loss = lambda q, k, v, sinks: (dot_product_attention(q, k, v, sinks=sinks) ** 2).sum()
+    assert all(
+        np.isfinite(x).all() for x in jax.grad(loss, argnums=(0, 1, 2, 3))(*map(jnp.asarray, qkv(shape, 0)), sinks)
+    )
+
+
 # NaN and infinity in what some may see
 
 
@@ -343,6 +370,18 @@ def test_without_a_mask_nan_stays_in_its_row_group_and_feature(shape, seed):
     assert np.isnan(out[..., :group, 0]).all()
     exactly(out[..., 1:], before[..., 1:])
     exactly(out[..., group:, :], before[..., group:, :])
+
+
+@given(attention_cases(few_shapes, ["mask"]), seeds)
+def test_nan_in_a_query_that_sees_nothing_reaches_no_gradient(case, seed):
+    dead = ~case.allowed.any(-1).swapaxes(-1, -2)
+    cotangent = gaussian((*case.q.shape[:-1], case.shape.Hv), seed)
+    found = [
+        pull_back((q, case.k, case.v, {}), cotangent, case.rules["mask"], None)[1:3]
+        for q in (case.q, np.where(dead[..., None], np.float32(np.nan), case.q))
+    ]
+    for got, wanted in zip(*found, strict=True):
+        exactly(np.asarray(got), np.asarray(wanted))
 
 
 # gradients

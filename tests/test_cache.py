@@ -201,6 +201,23 @@ def test_an_empty_cache_has_room_for_its_capacity(dtype):
     assert not any(x.any() for x in slots)
 
 
+def test_values_may_be_of_another_width_than_keys():
+    slots = empty_keys_values((2,), 5, 4, 8, jnp.float32, value_width=3)
+    assert [x.shape for x in slots] == [(2, 5, 4, 8), (2, 5, 4, 3)]
+
+
+@given(seeds)
+def test_a_mask_hides_slots_of_the_cache(seed):
+    shape = SHAPES[0]
+    arrays = tokens(shape, seed)
+    shown = np.random.default_rng(seed).random((*shape.batch, 1, 2, 6)) < 0.6
+    cache = filled(shape, 6, [4, 4], *arrays[1:])
+    out, _ = rules_attend(*chunk(arrays, [4, 4], 2), cache, mask=jnp.asarray(shown))
+    last = np.arange(6) <= np.array([[4], [5]])
+    wanted = masked(chunk(arrays, [4, 4], 2)[0], *arrays[1:], mask=jnp.asarray(shown & last))
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+
+
 def test_a_step_from_a_cache_has_the_dtype_it_stores():
     shape = SHAPES[0]
     low = [jnp.asarray(x, jnp.bfloat16) for x in chunk(tokens(shape, 0), [0, 0], 2)]

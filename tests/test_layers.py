@@ -20,9 +20,12 @@ from core.layers import (
     dropout,
     dropout_key,
     embed,
+    embedding_init,
     feed_forward,
+    kernel_init,
     layer_norm,
     linear,
+    relative_init,
     residual,
     rms_norm,
     site_keys,
@@ -42,6 +45,44 @@ def drawn(seed, *shapes, dtype="float32"):
 
 def wide(*arrays):
     return [np.asarray(x, "float64") for x in arrays]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")]
+)
+def test_parameters_may_be_stored_in_another_type_than_that_of_x(dtype, stored):
+    """The result has x's type; logits are float32."""
+    (x,), (kernel, scale, bias) = drawn(1, (2, 3, 5), dtype=dtype), drawn(2, (5, 5), (5,), (5,), dtype=stored)
+    x64, kernel64, scale64, bias64 = wide(x, kernel, scale, bias)
+    centred = x64 - x64.mean(-1, keepdims=True)
+    for got, wanted, out in (
+        (linear(x, kernel, bias), x64 @ kernel64 + bias64, dtype),
+        (unembed(x, kernel), x64 @ kernel64, "float32"),
+        (layer_norm(x, scale, bias, epsilon=1e-6), centred / x64.std(-1, keepdims=True) * scale64 + bias64, dtype),
+        (rms_norm(x, scale, epsilon=1e-6), x64 / np.sqrt((x64**2).mean(-1, keepdims=True)) * scale64, dtype),
+    ):
+        assert got.dtype == out
+        np.testing.assert_allclose(np.asarray(got, "float64"), wanted, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("drop", [dropout, stochastic_depth])
+def test_a_rate_of_zero_draws_nothing(drop):
+    (x,) = drawn(0, (2, 3))
+    assert drop(x, 0.0, key=jax.random.key(0)) is x
+
+
+def test_the_first_and_the_last_token_are_tokens():
+    check_tokens(jnp.asarray([[0, 6]]), 7, "tokens")
+
+
+def test_initial_parameters_have_the_variance_that_is_said():
+    """Within 6 deviations of the estimate, sqrt(2 / n) of it for normal numbers."""
+    draw = lambda init, i, o: np.asarray(init(jax.random.key(3), (i, o), jnp.float32), "float64")
+    kernel, embedding, relative = draw(kernel_init, 90, 30), draw(embedding_init, 90, 30), draw(relative_init, 90, 30)
+    for array, variance in ((kernel, 2 / 120), (embedding, 1 / 30), (relative, 0.02**2)):
+        assert abs((array**2).mean() / variance - 1) < 6 * (2 / array.size) ** 0.5
+        assert abs(array.mean()) < 6 * (variance / array.size) ** 0.5
+    assert np.abs(kernel).max() <= (6 / 120) ** 0.5  # uniform
 
 
 @given(leading, seeds)

@@ -1,6 +1,7 @@
 """Laws of masks: True where a query may attend, by absolute position; small values that compose as sets do."""
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -190,6 +191,26 @@ def test_equal_lengths_need_no_offset(length):
     exactly(full(Causal(), Grid((1, length, length))), full(Causal(), Grid((1, length, length), 0)))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint32"])
+def test_offsets_of_any_integer_type_count_in_int32(dtype, x64):
+    grid = Grid((2, 3, 2, 4), jnp.asarray([0, 7], dtype))
+    assert grid.ahead().dtype == jnp.int32
+    assert grid.ahead()[:, 0, :, 0].tolist() == [[0, -1], [-7, -8]]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint32"])
+def test_prefixes_of_any_integer_type_count_in_int32(dtype, x64):
+    exactly(full(Prefix(jnp.asarray([0, 2], dtype)), Grid((2, 1, 3, 3)))[:, 0, 0].sum(-1), np.array([0, 2]))
+
+
+def test_a_mask_does_not_change_and_is_itself_alone():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Window(1, 2).left = 3
+    mask = Padding(jnp.ones((2, 3), bool))
+    assert {mask: 1}[mask] == 1
+    assert mask != Padding(mask.real)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(2, 5), (5, 2), (1, 3)])
 @pytest.mark.parametrize("mask", [Causal(), Window(1, 1), Causal() | Prefix(1), ~Causal()])
 def test_other_lengths_need_an_offset_and_both_alignments_are_named(queries, keys, mask):
@@ -338,6 +359,13 @@ def test_a_window_shows_so_many_keys_and_no_more(length, left, right):
     exactly(rows((Causal() & Window(2**40, right)).cells(grid)), np.tri(length, dtype=bool))
 
 
+@pytest.mark.parametrize("offset", [0, 2**20, 2**31 - 1])
+def test_a_window_wider_than_all_positions_shows_every_key(offset):
+    assert full(Window(2**31, 2**31), Grid((1, 1, 3), offset)).all()
+    assert full(Window(offset, 0), Grid((1, 1, 1), offset)).all()
+    assert not full(Window(max(offset - 1, 0), 0), Grid((1, 1, 1), max(offset, 1))).any()
+
+
 @given(st.data(), st.integers(0, 3))
 def test_at_an_offset_stand_those_rows_of_the_whole(data, offset):
     whole, part = Grid((1, 7, 7)), Grid((1, 4, 7), offset)
@@ -382,6 +410,11 @@ def test_segment_positions_count_from_zero_in_each_segment(batch, lengths, seed)
     got = segment_positions(jnp.asarray(np.broadcast_to(ids, (*batch, len(ids)))))
     exactly(np.asarray(got), np.broadcast_to(wanted, got.shape))
     assert got.shape == (*batch, len(ids))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_tokens_have_no_segment_positions(shape):
+    assert segment_positions(jnp.zeros(shape, jnp.int32)).shape == shape
 
 
 def test_segment_positions_are_each_rows_own():
@@ -499,6 +532,7 @@ BAD = {
         ValueError,
         r"\[\*B, N, T, S\] = \(2, 1, 3, 3\).*got \(2, 3\).*Padding",
     ),
+    "too few axes": (lambda: Dense(TRUE[:, :1]).cells(GRID), ValueError, r"3, 3\), with 1 where it does, got \(2, 1\)"),
     "too many axes": (lambda: Dense(TRUE[None, None, None]).cells(GRID), ValueError, r"got \(1, 1, 1, 2, 3\)"),
     "a larger axis": (lambda: Dense(TRUE[:, None, None].repeat(2, 1)).cells(GRID), ValueError, r"got \(2, 2, 1, 3\)"),
     "a smaller axis": (lambda: Dense(TRUE[:, None, None, :2]).cells(GRID), ValueError, r"got \(2, 1, 1, 2\)"),

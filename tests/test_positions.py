@@ -228,6 +228,24 @@ def test_positions_within_the_learned_table_never_raise():
     np.testing.assert_array_equal(learned(jnp.asarray(ids), table), np.asarray(table)[ids])
 
 
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_learned_table_holds_as_many_tokens_as_it_has_rows(length):
+    x, table = jnp.asarray(vectors((2, length, 4), 0)), jnp.asarray(vectors((length, 4), 1))
+    got = added(x, position_ids(x), kind="learned", embedding=table)
+    np.testing.assert_array_equal(got, np.asarray(x) + np.asarray(table))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "int64"])
+def test_positions_of_any_integer_type_are_those_of_int32(dtype, x64):
+    ids = np.array([[0, 3, 100], [7, 8, 9]])
+    for positioned in (
+        lambda ids: sinusoidal(ids, 6),
+        lambda ids: position_ids(jnp.zeros((2, 4, 2), jnp.float32), ids[:, 0]),
+    ):
+        got, wanted = positioned(jnp.asarray(ids, dtype)), positioned(jnp.asarray(ids, "int32"))
+        np.testing.assert_array_equal(got, wanted, strict=True)
+
+
 @pytest.mark.parametrize("offset", [1.5, np.float32([1, 2])])
 def test_an_offset_that_is_no_integer_raises(offset, untyped):
     with pytest.raises(TypeError, match="an offset must be an integer or an array of them, got float32"):

@@ -316,6 +316,7 @@ def test_no_queries_or_no_keys_are_no_error(kind, shape):
     assert out.shape == (2, shape.T, 4, 2)
     assert weights.shape == (2, 4, shape.T, shape.S)
     assert (out != 0).all() if shape.S else (out == 0).all()
+    relative_of(kind, shape, 2).values(jnp.asarray(weights), Grid(weights.shape, jnp.zeros(2, jnp.int32)))
 
 
 # ALiBi
@@ -449,6 +450,11 @@ def test_t5_buckets_are_the_same_compiled_or_not_and_in_any_dtype(both, dtype, h
     wanted = [exact_bucket(200 - s, 32, 128, both) for s in range(0, 401, 10)]
     assert got.dtype == dtype
     exactly(np.asarray(got, "int32")[0, 0, ::10], np.array(wanted, "int32"))
+
+
+def test_t5_is_bidirectional_up_to_128_unless_told_otherwise():
+    relative = T5(jnp.ones((32, 1)))
+    assert (relative.bidirectional, relative.max_distance) == (True, 128)
 
 
 # the shift

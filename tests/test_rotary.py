@@ -145,6 +145,7 @@ def test_pair_i_turns_by_theta_to_the_minus_two_i_over_h_unless_told_otherwise(t
     frequencies = tuple(theta ** (-2 * i / turn.H) for i in range(turn.H // 2))
     exactly(turned(x, ids, theta=theta), turned(x, ids, frequencies=frequencies))
     exactly(turned(x, ids, theta=theta), turned(x, ids, theta=theta, layout="half", magnitude=1.0))
+    exactly(turned(x, ids), turned(x, ids, theta=10_000.0))
 
 
 @given(plain_turns, far_and_near, seeds)
@@ -301,11 +302,15 @@ def pair_with(turns, stretch):
     return low
 
 
+def ramp(stretch, fast, slow):
+    """The first and the last pair of YaRN's ramp; a text so short that none turns has none."""
+    last = min(math.ceil(pair_with(slow, stretch)), stretch.width - 1)
+    return max(math.floor(pair_with(fast, stretch)), 0), last
+
+
 def yarn_reference(stretch, fast, slow):
     """The released code's: interpolation and extrapolation mixed by a ramp over the pairs."""
-    first = max(math.floor(pair_with(fast, stretch)), 0)
-    last = min(math.ceil(pair_with(slow, stretch)), stretch.width - 1)
-    assume(last >= first)
+    first, last = ramp(stretch, fast, slow)
     frequencies = []
     for i, frequency in enumerate(stretch.plain):
         extrapolated = 1.0 if i <= first else 1 - min((i - first) / (last - first or 0.001), 1)
@@ -340,9 +345,31 @@ def test_ntk_scaling_lets_theta_grow(stretch):
     closely(ntk(stretch), [f / stretch.factor ** (i / last) for i, f in enumerate(stretch.plain)])
 
 
+@pytest.mark.parametrize("theta", [3.0, 10_000.0])
+@pytest.mark.parametrize("width", [8, 128])
+def test_the_ramp_of_yarn_begins_and_ends_at_whole_pairs_for_any_length(width, theta):
+    """Among them those at which the first or the last pair of the ramp is another one."""
+    for length in [6, *range(40, 440, 3), 1000, 2048, 8192, 65_536, 10**7]:
+        stretch = Stretch(width, theta, 8.0, length)
+        first, last = ramp(stretch, 32.0, 1.0)
+        if first <= last:
+            closely(yarn(stretch), yarn_reference(stretch, 32.0, 1.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [*range(40, 440, 7), 2048, 65_536])
+def test_yarn_goes_by_the_original_length_of_the_configuration(length):
+    config = TransformerConfig(
+        d_model=128, num_heads=1, positions="rotary", rotary_scaling="yarn", rotary_factor=8.0,
+        rotary_original_length=length,
+    )  # fmt: skip
+    closely(rotary_settings(config)["frequencies"], yarn(Stretch(128, 10_000.0, 8.0, length)))
+
+
 @given(stretches, st.sampled_from([(32.0, 1.0), (64.0, 2.0)]))
 def test_yarn_scaling_is_that_of_its_released_code(stretch, limits):
     fast, slow = limits
+    first, last = ramp(stretch, fast, slow)
+    assume(first <= last)
     closely(yarn(stretch, fast=fast, slow=slow), yarn_reference(stretch, fast, slow))
 
 
