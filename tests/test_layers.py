@@ -63,6 +63,7 @@ def test_parameters_may_be_stored_in_another_type_than_that_of_x(dtype, stored):
     ):
         assert got.dtype == out
         np.testing.assert_allclose(np.asarray(got, "float64"), wanted, rtol=0, atol=0.1)
+    exactly(np.asarray(unembed(x, kernel)), np.asarray(unembed(x, kernel.astype(dtype))))
 
 
 @pytest.mark.parametrize("drop", [dropout, stochastic_depth])
