@@ -76,6 +76,20 @@ def append(cache: KVCache, k: Float[Array, "*B T K H"], v: Float[Array, "*B T K 
     return KVCache(KeysValues(write(slots.k, k, length), write(slots.v, v, length)), length + added)
 
 
+def select_beams(cache: DecoderCache, parents: Integer[Array, "*B W"]) -> DecoderCache:
+    """Slot i of each row goes on from what slot parents[i] of that row has seen; the memory is that of the row."""
+
+    def pick(x: Array) -> Array:
+        slots = parents.reshape(parents.shape + (1,) * (x.ndim - parents.ndim))
+        return jnp.take_along_axis(x, slots, axis=parents.ndim - 1)
+
+    return cache._replace(
+        attention=jax.tree.map(pick, cache.attention),
+        length=pick(cache.length),
+        prefix=None if cache.prefix is None else pick(cache.prefix),
+    )
+
+
 def cached_attention(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B T K H"],

@@ -81,6 +81,7 @@ class TransformerConfig:
     scale_embeddings: bool = True  # times sqrt(d_model), on the way in
     dtype: FloatType = "float32"  # of activations; softmax, norms and logits are at least float32
     param_dtype: FloatType = "float32"  # in which parameters are stored
+    remat: bool = False  # blocks are computed again in the backward pass, to hold only what goes between them
 
     def __post_init__(self) -> None:
         _check_types(self)

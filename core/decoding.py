@@ -1,14 +1,16 @@
 """Generation from any `step(tokens [*B, 1], cache) -> (logits [*B, 1, V], cache)`, as one compiled loop."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Key
 
+from core.constraints import FREE, Constraints, forbid, penalised
 from core.layers import known_values
+from core.sampling import Sampling, by_row, draw
 
 Step = Callable[[Integer[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
@@ -17,13 +19,59 @@ PAD, BOS, EOS = 0, 1, 2
 
 
 def greedy(
-    step: Step, tokens: Integer[Array, "*B"], cache: Any, *, max_length: int, eos_id: int = EOS, pad_id: int = PAD
+    step: Step,
+    tokens: Integer[Array, "*B"],
+    cache: Any,
+    *,
+    max_length: int,
+    constraints: Constraints = FREE,
+    forced: Integer[Array, "... P"] | None = None,
+    eos_id: int = EOS,
+    pad_id: int = PAD,
 ) -> Integer[Array, "*B L"]:
     """The likeliest token each time, ties to the lowest id, L = max_length tokens a row.
 
     `tokens` is the last token of each row, not yet fed. A row ends with `eos_id`, padding follows; the loop
-    ends when all rows have ended. Logits of NaN (a poisoned cache) cannot choose a token: such a row gets -1.
+    ends when all rows have ended. `forced` says which token must stand where, -1 for any. Logits of NaN (a poisoned
+    cache) cannot choose a token: such a row gets -1.
     """
+    likeliest = lambda logits, index: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    rules = {"constraints": constraints, "forced": forced, "eos_id": eos_id, "pad_id": pad_id}
+    return _decode(likeliest, step, tokens, cache, max_length=max_length, **rules)
+
+
+def sample(
+    step: Step,
+    tokens: Integer[Array, "*B"],
+    cache: Any,
+    *,
+    keys: Key[Array, "*B"],
+    sampling: Sampling,
+    max_length: int,
+    constraints: Constraints = FREE,
+    forced: Integer[Array, "... P"] | None = None,
+    eos_id: int = EOS,
+    pad_id: int = PAD,
+) -> Integer[Array, "*B L"]:
+    """Tokens drawn at random, otherwise as `greedy`. Token t of a row is drawn with fold_in(key of the row, t)."""
+    drawn = lambda logits, index: draw(logits, by_row(lambda key: jax.random.fold_in(key, index))(keys), sampling)
+    rules = {"constraints": constraints, "forced": forced, "eos_id": eos_id, "pad_id": pad_id}
+    return _decode(drawn, step, tokens, cache, max_length=max_length, **rules)
+
+
+def _decode(
+    choose: Callable[[Array, Array], Array],
+    step: Step,
+    tokens: Integer[Array, "*B"],
+    cache: Any,
+    *,
+    max_length: int,
+    constraints: Constraints,
+    forced: Integer[Array, "... P"] | None,
+    eos_id: int,
+    pad_id: int,
+) -> Integer[Array, "*B L"]:
+    """One token a row each time; `choose(logits [*B, V], index)` sees -inf where a token is not allowed."""
     if max_length < 0:
         raise ValueError(f"max_length must be at least 0, got {max_length}")
 
@@ -34,8 +82,9 @@ def greedy(
     def extend(state):
         index, last, ended, out, cache = state
         logits, cache = step(last[..., None], cache)
-        chosen = jnp.argmax(logits[..., 0, :], axis=-1).astype(jnp.int32)
-        chosen = jnp.where(jnp.isnan(logits[..., 0, :]).any(axis=-1), -1, chosen)
+        logits = penalised(logits[..., 0, :], out, index, constraints)
+        chosen = choose(forbid(logits, out, index, constraints, eos_id=eos_id, forced=forced), index)
+        chosen = jnp.where(jnp.isnan(logits).any(axis=-1), -1, chosen)
         chosen = jnp.where(ended, pad_id, chosen)
         out = jax.lax.dynamic_update_index_in_dim(out, chosen, index, axis=out.ndim - 1)
         return index + 1, chosen, ended | (chosen == eos_id), out, cache
@@ -47,13 +96,89 @@ def greedy(
     return jax.lax.while_loop(unfinished, extend, start)[3]
 
 
-def check_generation(vocab_size: int, *, max_length: int, **ids: int) -> None:
-    """ValueError unless max_length >= 0 and the ids of special tokens lie in the vocabulary."""
-    if max_length < 0:
-        raise ValueError(f"max_length must be at least 0, got {max_length}")
-    for name, value in ids.items():
+class Prompt(NamedTuple):
+    """How a source is read before the first token."""
+
+    prefix: bool  # a decoder-only model's prompt sees all of itself
+    chunk: int | None  # tokens of it that are read at once; None: all
+    bos_id: int
+
+
+class Rules(NamedTuple):
+    """What every way of decoding keeps to, as the arguments of `greedy`, `sample` and `beam_search`."""
+
+    max_length: int
+    constraints: Constraints
+    eos_id: int
+    pad_id: int
+
+
+def check_generation(
+    vocab_size: int,
+    batch: tuple[int, ...],
+    rules: Rules,
+    *,
+    bos_id: int = BOS,
+    forced: Integer[Array, "..."] | None = None,
+) -> None:
+    """ValueError for lengths that cannot be, ids outside the vocabulary, and forced tokens that do not fit."""
+    if rules.max_length < 0:
+        raise ValueError(f"max_length must be at least 0, got {rules.max_length}")
+    if rules.constraints.min_length > rules.max_length:
+        raise ValueError(
+            f"min_length must be at most max_length {rules.max_length}, got {rules.constraints.min_length}"
+        )
+    ids = [("bos_id", bos_id), ("eos_id", rules.eos_id), ("pad_id", rules.pad_id)]
+    for name, value in ids + [("banned", token) for token in rules.constraints.banned]:
         if not 0 <= value < vocab_size:
             raise ValueError(f"{name} must lie in the target vocabulary [0, {vocab_size}), got {value}")
+    if forced is None:
+        return
+    if not jnp.issubdtype(forced.dtype, jnp.integer):
+        raise TypeError(f"forced must be token ids, -1 for any token, got {forced.dtype}")
+    if not forced.shape or forced.shape[:-1] not in (batch, ()) or forced.shape[-1] > rules.max_length:
+        raise ValueError(
+            f"forced must have the shape {(*batch, 'P')} or ('P',), P at most max_length {rules.max_length}, "
+            f"got {forced.shape}"
+        )
+    known = known_values(forced)
+    if known is not None and known.size and not (known.min() >= -1 and known.max() < vocab_size):
+        raise ValueError(
+            f"forced must hold ids of the target vocabulary [0, {vocab_size}), or -1 for any token, "
+            f"got {known.min()} to {known.max()}"
+        )
+
+
+def next_tokens(first: Integer[Array, "*B"], target: Integer[Array, "*B T"]) -> Integer[Array, "*B T"]:
+    """What is fed to predict a target, teacher-forced: the token before it, then the target without its last."""
+    return jnp.concatenate([first[..., None].astype(target.dtype), target[..., :-1]], axis=-1)
+
+
+def until_end(tokens: Integer[Array, "*B T"], eos_id: int) -> Bool[Array, "*B T"]:
+    """True up to and including the first end token of each row."""
+    ends = (tokens == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=-1) - ends == 0
+
+
+def prefill(
+    grow: Callable[[Integer[Array, "*B T"], Any, Integer[Array, "*B"]], Any],
+    tokens: Integer[Array, "*B T"],
+    cache: Any,
+    *,
+    lengths: Integer[Array, "*B"],
+    chunk: int | None = None,
+) -> Any:
+    """The cache after the first `lengths` tokens of each row, read at once or `chunk` at a time to save memory.
+
+    `grow(tokens, cache, count)` is the cache after the first `count` of the tokens of each row.
+    """
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
+        raise ValueError(f"prefill_chunk must be an integer of at least 1, got {chunk!r}")
+    total = tokens.shape[-1]
+    for start in range(0, total, chunk or max(total, 1)):
+        part = tokens[..., start : start + (chunk or total)]
+        cache = grow(part, cache, jnp.clip(lengths - start, 0, part.shape[-1]))
+    return cache
 
 
 def prompt_lengths(mask: Bool[Array, "*B T"] | None, prompt: Integer[Array, "*B T"]) -> Integer[Array, "*B"]:

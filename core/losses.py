@@ -81,7 +81,7 @@ def accuracy(
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
     _check_shapes(logits, labels, weights)
-    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    hits = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels.astype(jnp.int32)).astype(jnp.float32)
     return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
 
 

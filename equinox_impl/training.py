@@ -10,63 +10,80 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from core.config import TransformerConfig
 from core.losses import Batch, Metrics, sequence_metrics
-from core.weights import dotted
+from core.training import accumulated
+from core.weights import check_weights, dotted, owned
 from equinox_impl.decoding import evaluation
-from equinox_impl.transformer import Transformer
+from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from equinox_impl.weights import from_weights, to_weights
+
+Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer
 
 
 def loss_fn(
-    model: Transformer, batch: Batch, key: PRNGKeyArray | None = None, *, label_smoothing: float = 0.0
+    model: Model, batch: Batch, key: PRNGKeyArray | None = None, *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and its metrics."""
-    masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
-    logits = model(batch.source, batch.inputs, **masks, key=key)
+    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs."""
+    if isinstance(model, EncoderOnlyTransformer):
+        logits = model(batch.source, source_mask=batch.source_mask, key=key)
+    elif isinstance(model, DecoderOnlyTransformer):
+        logits = model(batch.inputs, target_mask=batch.target_mask, key=key)
+    else:
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        logits = model(batch.source, batch.inputs, **masks, key=key)
     metrics = sequence_metrics(logits, batch, label_smoothing=label_smoothing)
     return metrics.loss, metrics
 
 
 def update(
-    model: Transformer,
+    model: Model,
     opt_state: optax.OptState,
     batch: Batch,
     key: PRNGKeyArray | None,
     *,
     tx: optax.GradientTransformation,
     label_smoothing: float = 0.0,
-) -> tuple[Transformer, optax.OptState, Metrics]:
-    """One step of the optimizer; `train_step` is the same, jitted."""
+    accumulate: bool = False,
+) -> tuple[Model, optax.OptState, Metrics]:
+    """One step of the optimizer; `train_step` is the same, jitted.
 
-    def objective(model):
-        return loss_fn(model, batch, key, label_smoothing=label_smoothing)
+    With `accumulate` the first axis of the batch is that of micro-batches: their gradients are added, by tokens.
+    """
 
-    grads, metrics = eqx.filter_grad(objective, has_aux=True)(model)
+    def gradients(batch: Batch, key: PRNGKeyArray | None):
+        def objective(model):
+            return loss_fn(model, batch, key, label_smoothing=label_smoothing)
+
+        return eqx.filter_grad(objective, has_aux=True)(model)
+
+    grads, metrics = accumulated(gradients, batch, key) if accumulate else gradients(batch, key)
     updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
     return eqx.apply_updates(model, updates), opt_state, metrics
 
 
 def train_step(
-    model: Transformer,
+    model: Model,
     opt_state: optax.OptState,
     batch: Batch,
     key: PRNGKeyArray | None,
     *,
     tx: optax.GradientTransformation,
     label_smoothing: float = 0.0,
-) -> tuple[Transformer, optax.OptState, Metrics]:
+    accumulate: bool = False,
+) -> tuple[Model, optax.OptState, Metrics]:
     """`update`, jitted; the buffers of the model and of the optimizer's state are reused, so drop the old ones."""
-    return _train_step((batch, key, None), model, opt_state, tx=tx, label_smoothing=label_smoothing)
+    options = {"label_smoothing": label_smoothing, "accumulate": accumulate}
+    return _train_step((batch, key, None), model, opt_state, tx=tx, **options)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _train_step(kept, model, opt_state, *, tx, label_smoothing):
+def _train_step(kept, model, opt_state, *, tx, **options):
     batch, key, step = kept
     key = key if step is None else jax.random.fold_in(key, step)
-    return update(model, opt_state, batch, key, tx=tx, label_smoothing=label_smoothing)
+    return update(model, opt_state, batch, key, tx=tx, **options)
 
 
 @eqx.filter_jit
-def eval_step(model: Transformer, batch: Batch) -> Metrics:
+def eval_step(model: Model, batch: Batch) -> Metrics:
     """The metrics of a batch with dropout off, the loss not smoothed."""
     return loss_fn(evaluation(model), batch)[1]
 
@@ -75,8 +92,15 @@ class Trainer:
     """A model, its optimizer and its randomness, behind the methods that both frontends share."""
 
     def __init__(
-        self, model: Transformer, tx: optax.GradientTransformation, *, seed: int = 0, label_smoothing: float = 0.0
+        self,
+        model: Model,
+        tx: optax.GradientTransformation,
+        *,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        accumulate: bool = False,
     ):
+        self.accumulate = accumulate
         self.key = jax.random.key(seed)
         self.label_smoothing = label_smoothing
         self.model = model
@@ -86,9 +110,9 @@ class Trainer:
 
     def train(self, batch: Batch) -> Metrics:
         """One step; step n drops by fold_in(key(seed), n)."""
-        kept = (batch, self.key, np.uint32(self.step))
+        kept, options = (batch, self.key, np.uint32(self.step)), {"label_smoothing": self.label_smoothing}
         self.model, self.opt_state, metrics = _train_step(
-            kept, self.model, self.opt_state, tx=self.tx, label_smoothing=self.label_smoothing
+            kept, self.model, self.opt_state, tx=self.tx, accumulate=self.accumulate, **options
         )
         self.step += 1
         return metrics
@@ -101,6 +125,14 @@ class Trainer:
         """The optimizer's arrays by name, the same names in both frontends."""
         return _opt_arrays(self.opt_state)
 
+    def resume(self, optimizer_state: Mapping[str, Array], *, step: int) -> None:
+        """Goes on as after `step` steps, with a copy of that optimizer's state; the model has its weights already."""
+        names = _opt_arrays(self.opt_state)
+        check_weights(optimizer_state, names)
+        arrays = [owned(optimizer_state[name]) for name in names]
+        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), arrays)
+        self.step = step
+
 
 def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
     """A new model; the same seed gives the same bits in both frontends."""
@@ -108,7 +140,11 @@ def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
 
 
 def functional_step(
-    config: TransformerConfig, tx: optax.GradientTransformation, *, label_smoothing: float = 0.0
+    config: TransformerConfig,
+    tx: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    accumulate: bool = False,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
     """`update` as a pure function of flat dictionaries, for plain `jax.jit` and to compare programs.
 
@@ -121,7 +157,8 @@ def functional_step(
         filled = [state[name] for name in _opt_arrays(opt_state)]
         opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), filled)
         key = jax.random.fold_in(key, n)
-        model, opt_state, metrics = update(model, opt_state, batch, key, tx=tx, label_smoothing=label_smoothing)
+        options = {"label_smoothing": label_smoothing, "accumulate": accumulate}
+        model, opt_state, metrics = update(model, opt_state, batch, key, tx=tx, **options)
         return to_weights(model), _opt_arrays(opt_state), metrics
 
     return step

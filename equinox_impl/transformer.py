@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache
 from core.config import TransformerConfig
-from core.decoding import BOS, prompt_lengths
+from core.decoding import BOS, prefill, prompt_lengths
 from core.layers import site_keys
 from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
 from equinox_impl.layers import Embedding, Unembedding
@@ -255,18 +255,23 @@ class DecoderOnlyTransformer(eqx.Module):
         *,
         source_mask: Bool[Array, "*B T"] | None = None,
         prefix: bool = False,
+        chunk: int | None = None,
         max_length: int,
         bos_id: int = BOS,
     ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: the prompt's last token, and the cache of those before it.
 
         Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair. With `prefix` its
-        tokens see each other.
+        tokens see each other; otherwise it may be read `chunk` tokens at a time.
         """
         lengths = prompt_lengths(source_mask, source)
         capacity = source.shape[-1] + max_length
         cache = self.decoder.init_cache(source.shape[:-1], capacity, prefix=lengths if prefix else None)
-        _, cache = self.decoder.step(self.embedding(source), cache, count=lengths - 1)
+
+        def grow(tokens: Array, cache: DecoderCache, count: Array) -> DecoderCache:
+            return self.decoder.step(self.embedding(tokens), cache, count=count)[1]
+
+        cache = prefill(grow, source, cache, lengths=lengths - 1, chunk=chunk)
         return jnp.take_along_axis(source, lengths[..., None] - 1, axis=-1)[..., 0], cache
 
     def decode_step(

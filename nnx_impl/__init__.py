@@ -3,7 +3,7 @@
 from core.config import TransformerConfig
 from nnx_impl.attention import MultiHeadAttention
 from nnx_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
-from nnx_impl.decoding import evaluation, generate
+from nnx_impl.decoding import beam_search, evaluation, generate, score
 from nnx_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
 from nnx_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
 from nnx_impl.stacks import Decoder, Encoder
@@ -33,6 +33,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerXLPositions",
     "Unembedding",
+    "beam_search",
     "eval_step",
     "evaluation",
     "from_weights",
@@ -40,6 +41,7 @@ __all__ = [
     "generate",
     "init_transformer",
     "loss_fn",
+    "score",
     "to_weights",
     "train_step",
     "update",

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, Key, PRNGKeyArray
 
 from core.config import Positions, TransformerConfig, check_rate
 from core.layers import (
@@ -25,10 +25,13 @@ Rngs = nnx.Rngs | nnx.RngStream | PRNGKeyArray
 
 def call_key(rngs: Rngs | None, dropout: "Dropout") -> PRNGKeyArray | None:
     """The key of one call: the next one of an NNX stream, or the key given; none where dropout is off."""
-    if dropout.deterministic:
-        return None
+    return None if dropout.deterministic else stream_key(rngs, "dropout")
+
+
+def stream_key(rngs: Rngs | Key[Array, "..."] | None, stream: str) -> Key[Array, "..."] | None:
+    """The next key of the stream of that name, or of the one stream given, or the key that came."""
     if isinstance(rngs, nnx.Rngs):
-        return rngs.dropout()
+        return rngs[stream]()
     return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
 

@@ -59,7 +59,10 @@ class Encoder(nnx.Module):
         x, relative = self.dropout(x, rngs=keys[0]), None if self.relative is None else self.relative()
         extras = {}
         for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
-            x, extra = block.run(x, mask=mask, relative=relative, return_weights=return_weights, rngs=key)
+            layer = functools.partial(
+                block.run, mask=mask, relative=relative, return_weights=return_weights, rngs=key
+            )  # fmt: skip
+            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x)
             extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
         return x if self.norm is None else self.norm(x), extras
 
@@ -120,10 +123,11 @@ class Decoder(nnx.Module):
         for i, (block, past, key) in enumerate(zip(self.blocks, histories, keys[1:], strict=True)):
             if self.config.history_length:
                 kept.append(extend_history(x[..., :0, :] if past is None else past, x, self.config.history_length))
-            x, extra = block.run(
-                x, memory, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
+            layer = functools.partial(
+                block.run, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
                 return_weights=return_weights, rngs=key,
             )  # fmt: skip
+            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x, memory)
             extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
         x = x if self.norm is None else self.norm(x)
         return x, extras | {"history": tuple(kept)} if self.config.history_length else extras

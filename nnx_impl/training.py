@@ -3,49 +3,72 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from core.config import TransformerConfig
 from core.losses import Batch, Metrics, sequence_metrics
-from core.weights import dotted
+from core.training import accumulated
+from core.weights import check_weights, dotted, owned
 from nnx_impl.decoding import evaluation
 from nnx_impl.layers import Rngs, call_key
-from nnx_impl.transformer import Transformer
+from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from nnx_impl.weights import from_weights, to_weights
+
+Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer
 
 
 def loss_fn(
-    model: Transformer, batch: Batch, rngs: Rngs | None = None, *, label_smoothing: float = 0.0
+    model: Model, batch: Batch, rngs: Rngs | None = None, *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and its metrics."""
-    masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
-    logits = model(batch.source, batch.inputs, **masks, rngs=rngs)
+    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs."""
+    if isinstance(model, EncoderOnlyTransformer):
+        logits = model(batch.source, source_mask=batch.source_mask, rngs=rngs)
+    elif isinstance(model, DecoderOnlyTransformer):
+        logits = model(batch.inputs, target_mask=batch.target_mask, rngs=rngs)
+    else:
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        logits = model(batch.source, batch.inputs, **masks, rngs=rngs)
     metrics = sequence_metrics(logits, batch, label_smoothing=label_smoothing)
     return metrics.loss, metrics
 
 
 def update(
-    model: Transformer, optimizer: nnx.Optimizer, batch: Batch, rngs: Rngs | None, *, label_smoothing: float = 0.0
+    model: Model,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    rngs: Rngs | None,
+    *,
+    label_smoothing: float = 0.0,
+    accumulate: bool = False,
 ) -> Metrics:
-    """One step of the optimizer, in place; `train_step` is the same, jitted."""
-    key = call_key(rngs, model.encoder.dropout)
+    """One step of the optimizer, in place; `train_step` is the same, jitted.
 
-    def objective(model):
-        return loss_fn(model, batch, key, label_smoothing=label_smoothing)
+    With `accumulate` the first axis of the batch is that of micro-batches: their gradients are added, by tokens.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    grads, metrics = nnx.grad(objective, has_aux=True)(model)
+    def gradients(batch: Batch, key: PRNGKeyArray | None):
+        def objective(params):
+            return loss_fn(nnx.merge(graphdef, params, rest), batch, key, label_smoothing=label_smoothing)
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    stack = model.encoder if isinstance(model, EncoderOnlyTransformer) else model.decoder
+    key = call_key(rngs, stack.dropout)
+    grads, metrics = accumulated(gradients, batch, key) if accumulate else gradients(batch, key)
     optimizer.update(model, grads)
     return metrics
 
 
-train_step = nnx.jit(update, donate_argnames=("model", "optimizer"), static_argnames="label_smoothing")
-"""`train_step(model, optimizer, batch, rngs, label_smoothing=0.0)`: both are updated in place, buffers reused."""
+train_step = nnx.jit(update, donate_argnames=("model", "optimizer"), static_argnames=("label_smoothing", "accumulate"))
+"""`train_step(model, optimizer, batch, rngs, ...)` is `update`: both are updated in place, buffers reused."""
 
 
 @nnx.jit
-def eval_step(model: Transformer, batch: Batch) -> Metrics:
+def eval_step(model: Model, batch: Batch) -> Metrics:
     """The metrics of a batch with dropout off, the loss not smoothed."""
     return loss_fn(evaluation(model), batch)[1]
 
@@ -54,8 +77,15 @@ class Trainer:
     """A model, its optimizer and its randomness, behind the methods that both frontends share."""
 
     def __init__(
-        self, model: Transformer, tx: optax.GradientTransformation, *, seed: int = 0, label_smoothing: float = 0.0
+        self,
+        model: Model,
+        tx: optax.GradientTransformation,
+        *,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        accumulate: bool = False,
     ):
+        self.accumulate = accumulate
         self.label_smoothing = label_smoothing
         self.model = model
         self.optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -63,7 +93,8 @@ class Trainer:
 
     def train(self, batch: Batch) -> Metrics:
         """One step; step n drops by fold_in(key(seed), n)."""
-        return train_step(self.model, self.optimizer, batch, self.rngs, label_smoothing=self.label_smoothing)
+        options = {"label_smoothing": self.label_smoothing, "accumulate": self.accumulate}
+        return train_step(self.model, self.optimizer, batch, self.rngs, **options)
 
     def evaluate(self, batch: Batch) -> Metrics:
         """The metrics of a batch with dropout off."""
@@ -73,6 +104,14 @@ class Trainer:
         """The optimizer's arrays by name, the same names in both frontends."""
         return {name: variable[...] for name, variable in _opt_variables(self.optimizer).items()}
 
+    def resume(self, optimizer_state: Mapping[str, Array], *, step: int) -> None:
+        """Goes on as after `step` steps, with a copy of that optimizer's state; the model has its weights already."""
+        variables = _opt_variables(self.optimizer)
+        check_weights(optimizer_state, variables)
+        for name, variable in variables.items():
+            variable.set_value(owned(optimizer_state[name]))
+        self.rngs.dropout.count.set_value(jnp.uint32(step))
+
 
 def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
     """A new model; the same seed gives the same bits in both frontends."""
@@ -80,7 +119,11 @@ def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
 
 
 def functional_step(
-    config: TransformerConfig, tx: optax.GradientTransformation, *, label_smoothing: float = 0.0
+    config: TransformerConfig,
+    tx: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    accumulate: bool = False,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
     """`update` as a pure function of flat dictionaries, for plain `jax.jit` and to compare programs.
 
@@ -94,7 +137,7 @@ def functional_step(
             variable[...] = state[name]
         rngs = nnx.Rngs(dropout=key)
         rngs.dropout.count[...] = n
-        metrics = update(model, optimizer, batch, rngs, label_smoothing=label_smoothing)
+        metrics = update(model, optimizer, batch, rngs, label_smoothing=label_smoothing, accumulate=accumulate)
         return to_weights(model), {n: v[...] for n, v in _opt_variables(optimizer).items()}, metrics
 
     return step
@@ -102,4 +145,4 @@ def functional_step(
 
 def _opt_variables(optimizer: nnx.Optimizer) -> dict[str, nnx.Variable]:
     leaves = jax.tree.leaves_with_path(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {dotted(path): variable for path, variable in leaves}
+    return {dotted(path): variable for path, variable in leaves if jax.tree.leaves(variable)}  # what is masked is empty

@@ -1,5 +1,6 @@
-"""The command line: `isoformer train | evaluate | generate | attention | encodings | conform | compare`."""
+"""The command line: `isoformer train | resume | evaluate | generate | attention | encodings | conform | compare`."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -11,9 +12,12 @@ from rich.table import Table
 from conformance.cli import conform
 from core.config import NormOrder, Positions, TransformerConfig
 from seq2seq.errors import UserError
+from seq2seq.options import NonFinite, Schedule
 
 if TYPE_CHECKING:
+    from seq2seq.runs import Run
     from seq2seq.tasks import Task
+    from seq2seq.training import Outcome
 
 # each command imports what it needs: --help answers at once, and `conform` goes without the rest of the application
 app = typer.Typer(
@@ -40,9 +44,22 @@ def train(
         Path | None, typer.Option(help="A new folder for the run.", show_default="runs/TASK-FRONTEND")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 5000,
-    tokens: Annotated[int, typer.Option(help="Target positions in a batch.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Target positions in a batch, or in a micro-batch.")] = 2048,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches that make one step, to save memory.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps until that peak.")] = 400,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")] = "inverse_sqrt",
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 1e-3,
+    average: Annotated[
+        float, typer.Option(help="Decay of the moving average of weights that is evaluated and kept; 0: none.")
+    ] = 0.0,
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="Parameters that stay as they are, as in 'encoder.*'; may be repeated.")
+    ] = None,
+    non_finite: Annotated[
+        NonFinite, typer.Option(help="What gradients that are not finite do: skip their step, or stop the run.")
+    ] = "skip",
+    keep: Annotated[int, typer.Option(help="Checkpoints of the lowest validation losses to keep.")] = 1,
     label_smoothing: Annotated[float, typer.Option(help="From 0, none, to below 1.")] = 0.1,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 200,
     patience: Annotated[int, typer.Option(help="Validations without a lower loss before it stops.")] = 5,
@@ -53,11 +70,13 @@ def train(
     positions: Annotated[str, typer.Option(help=f"{', '.join(get_args(Positions))}.")] = "sinusoidal",
     norm_order: Annotated[str, typer.Option(help=f"{', '.join(get_args(NormOrder))}.")] = "pre",
     dropout_rate: Annotated[float, typer.Option(help="From 0 to below 1.")] = 0.1,
+    compute: Annotated[str, typer.Option(help="In which numbers it computes: float32 or bfloat16.")] = "float32",
+    remat: Annotated[bool, typer.Option("--remat", help="Compute blocks twice, to save memory.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
-    """Train a model; the best weights by validation loss are kept."""
+    """Train a model; the latest state and the best by validation loss are kept."""
     from seq2seq.frontends import frontend as load_frontend
-    from seq2seq.optimizer import TrainingOptions
+    from seq2seq.options import TrainingOptions
     from seq2seq.runs import Run
     from seq2seq.tasks import load_task
     from seq2seq.training import train as run_training
@@ -73,12 +92,21 @@ def train(
         positions=positions,
         norm_order=norm_order,
         dropout_rate=dropout_rate,
+        dtype=compute,
+        remat=remat,
     )
     options = TrainingOptions(
         steps=steps,
         tokens=tokens,
+        accumulate=accumulate,
         learning_rate=learning_rate,
+        schedule=schedule,
         warmup=warmup,
+        weight_decay=weight_decay,
+        average=average,
+        frozen=tuple(frozen or ()),
+        non_finite=non_finite,
+        keep=keep,
         label_smoothing=label_smoothing,
         validate_every=validate_every,
         patience=patience,
@@ -86,16 +114,30 @@ def train(
     )
     folder = run or Path("runs") / f"{task}-{frontend}"
     created = Run.create(folder, task=task, frontend=frontend, config=config, options=options)
-    outcome = run_training(created, package, loaded, console=console)
-    console.print(
-        f"Stopped after {outcome.steps} steps: {outcome.stopped}. "
-        + (
-            f"Best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in {folder}.\n"
-            f"Next: isoformer evaluate {folder}"
-            if outcome.best_step
-            else "No validation loss was finite, or none was reached: no weights were kept."
-        )
-    )
+    _report(created, run_training(created, package, loaded, console=console))
+
+
+@app.command()
+def resume(run: RunFolder, frontend: OtherFrontend = None) -> None:
+    """Go on with a run that was interrupted, in either frontend, to the same bits as without the interruption."""
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.runs import Run
+    from seq2seq.tasks import load_task
+    from seq2seq.training import train as run_training
+
+    opened = Run.open(run)
+    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
+    _report(opened, run_training(opened, package, task, console=console))
+
+
+def _report(run: "Run", outcome: "Outcome") -> None:
+    text = f"Stopped after {outcome.steps} steps: {outcome.stopped}. "
+    if outcome.best_step:
+        text += f"Best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in {run.folder}."
+    else:
+        text += "No validation loss was finite, or none was reached."
+    follow = "resume" if outcome.stopped.startswith("interrupted") else "evaluate"
+    console.print(f"{text}\nNext: isoformer {follow} {run.folder}")
 
 
 @app.command()
@@ -103,11 +145,13 @@ def evaluate(
     run: RunFolder,
     frontend: OtherFrontend = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    beams: Annotated[int, typer.Option(min=1, help="Hypotheses that are followed; 1 is greedy decoding.")] = 1,
 ) -> None:
     """Score a run's best weights on held-out examples."""
+    import optax
+
     from seq2seq.evaluation import sequence_scores, token_scores
     from seq2seq.frontends import frontend as load_frontend
-    from seq2seq.optimizer import make_optimizer
     from seq2seq.runs import Run
     from seq2seq.tasks import load_task
 
@@ -116,10 +160,10 @@ def evaluate(
     package, task = load_frontend(name), load_task(opened.task)
     model = opened.load_model(package, task)
     examples, tokens = task.split(split), opened.options.tokens
-    trainer = package.Trainer(model, make_optimizer(opened.options))
+    trainer = package.Trainer(model, optax.identity())
     with console.status(f"evaluating {len(examples)} examples in {name}"):
         by_token = token_scores(trainer, task, examples, tokens=tokens)
-        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens)
+        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens, beams=beams)
     table = Table(title=f"{opened.task}, {split} split, {len(examples)} examples, in {name}", show_header=False)
     table.add_row("loss, nats a token", f"{by_token.loss:.4f}")
     table.add_row("token accuracy, teacher-forced", f"{by_token.accuracy:.2%}")
@@ -133,21 +177,33 @@ def evaluate(
 @app.command()
 def generate(
     run: RunFolder,
-    words: Annotated[list[str], typer.Argument(help="What to transform; quote a sequence with blanks.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to transform; quote a sequence with blanks.", show_default="lines of standard input"),
+    ] = None,
     frontend: OtherFrontend = None,
+    beams: Annotated[int, typer.Option(min=1, help="Hypotheses that are followed; 1 is greedy decoding.")] = 1,
+    n_best: Annotated[int, typer.Option(min=1, help="Of the hypotheses so many are shown, with scores.")] = 1,
 ) -> None:
-    """Show what a run's best weights make of words that you type."""
-    from seq2seq.evaluation import predict
+    """Show what a run's best weights make of words that you type, or pipe in line by line."""
+    from seq2seq.evaluation import hypotheses
     from seq2seq.frontends import frontend as load_frontend
     from seq2seq.runs import Run
     from seq2seq.tasks import load_task
 
     opened = Run.open(run)
     package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
-    sources = [task.parse(word) for word in words]
-    outputs = predict(package, opened.load_model(package, task), task, sources, tokens=opened.options.tokens)
-    for word, output in zip(words, outputs, strict=True):
-        console.print(f"{word}  →  {' '.join(task.target.decode(output))}", highlight=False, markup=False)
+    if n_best > beams:
+        raise UserError(f"--n-best must be at most --beams {beams}, got {n_best}")
+    model = opened.load_model(package, task)
+    lines = iter(words or (line.strip() for line in sys.stdin if line.strip()))
+    while group := list(itertools.islice(lines, len(words) if words else 1)):
+        sources = [task.parse(word) for word in group]
+        options = {"tokens": opened.options.tokens if words else 1, "beams": beams, "n_best": n_best}
+        for word, found in zip(group, hypotheses(package, model, task, sources, **options), strict=True):
+            for symbols, score in found:
+                output = f"{word}  →  {' '.join(task.target.decode(symbols))}"
+                console.print(output if n_best == 1 else f"{output}  {score:.3f}", highlight=False, markup=False)
 
 
 @app.command()

@@ -12,16 +12,17 @@ from rich.console import Console
 
 from core.config import TransformerConfig
 from seq2seq.agreement import bit_difference, step_difference, text_identity
-from seq2seq.batches import batch, pairs
+from seq2seq.batches import batch, endless_batches, pairs
 from seq2seq.errors import UserError
 from seq2seq.evaluation import predict, sequence_scores, token_scores
 from seq2seq.frontends import FRONTENDS, frontend
 from seq2seq.measure import lines_of_code, measure_alone, timed
-from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.optimizer import make_optimizer
+from seq2seq.options import TrainingOptions
 from seq2seq.pictures import attention_maps
 from seq2seq.report import Report
 from seq2seq.tasks import Example, load_task
-from seq2seq.training import endless_batches, progress_bar
+from seq2seq.training import progress_bar
 
 _CHECK_EVERY = 100  # steps between comparisons of all weights and optimizer state
 _CURVE_WORDS, _TEST_WORDS, _SHOWN_WORDS = 500, 2000, 8
@@ -147,7 +148,8 @@ class Comparison:
         seconds: dict[str, dict[int, list[float]]] = {name: {} for name in FRONTENDS}
         budget, spent, milestones, step = 60 * minutes, 0.0, [0.25, 0.5, 0.75, 1.0], 0
         self.record_error_rate(0, curve_words)
-        data = endless_batches(pairs(self.task.split("train")), self.task, self.options)
+        train, options = pairs(self.task.split("train")), self.options
+        data = endless_batches(train, self.task.buckets, tokens=options.tokens, seed=options.seed)
         with progress_bar(self.console) as progress:
             bar = progress.add_task("both frontends", total=budget, numbers="compiling", unit="s")
             for step, made in enumerate(data, 1):

@@ -43,10 +43,12 @@ def token_scores(trainer: Any, task: Task, examples: Sequence[Example], *, token
 
 
 def sequence_scores(
-    frontend: Any, model: Any, task: Task, examples: Sequence[Example], *, tokens: int
+    frontend: Any, model: Any, task: Task, examples: Sequence[Example], *, tokens: int, beams: int = 1
 ) -> SequenceScores:
-    """What greedy decoding makes of the sources."""
-    predictions = predict(frontend, model, task, [example.source for example in examples], tokens=tokens)
+    """What decoding makes of the sources: greedily, or the best hypothesis of so many beams."""
+    sources = [example.source for example in examples]
+    found = hypotheses(frontend, model, task, sources, tokens=tokens, beams=beams)
+    predictions = [best[0].symbols for best in found]
     right = [prediction in example.targets for prediction, example in zip(predictions, examples, strict=True)]
     nearest = [
         min((Levenshtein.distance(prediction, target), len(target)) for target in example.targets)
@@ -56,10 +58,31 @@ def sequence_scores(
     return SequenceScores(float(np.mean(right)), float(errors / length), predictions)
 
 
+class Hypothesis(NamedTuple):
+    """One output and its score, log P over the penalty of its length; greedy decoding computes none."""
+
+    symbols: tuple[int, ...]
+    score: float | None
+
+
 def predict(
     frontend: Any, model: Any, task: Task, sources: Sequence[tuple[int, ...]], *, tokens: int
 ) -> list[tuple[int, ...]]:
-    """The generated symbols of each source, in their order, cut at the end symbol."""
+    """The likeliest symbols one by one, of each source in their order, cut at the end symbol."""
+    return [found[0].symbols for found in hypotheses(frontend, model, task, sources, tokens=tokens)]
+
+
+def hypotheses(
+    frontend: Any,
+    model: Any,
+    task: Task,
+    sources: Sequence[tuple[int, ...]],
+    *,
+    tokens: int,
+    beams: int = 1,
+    n_best: int = 1,
+) -> list[list[Hypothesis]]:
+    """The n best outputs for each source, in their order; one beam is greedy decoding."""
     longest, found = task.buckets[-1], {}
     by_length: dict[int, list[int]] = {}
     for i, source in enumerate(sources):
@@ -69,8 +92,17 @@ def predict(
         for start in range(0, len(members), number):
             chunk = members[start : start + number]
             made = batch([Pair(sources[i], ()) for i in chunk], length, number)
-            generated = frontend.generate(model, made.source, source_mask=made.source_mask, max_length=longest)
-            found |= {
-                i: task.target.cut(row) for i, row in zip(chunk, np.asarray(generated)[: len(chunk)], strict=True)
-            }
+            options = {"source_mask": made.source_mask, "max_length": longest}
+            if beams == 1:
+                outputs = np.asarray(frontend.generate(model, made.source, **options))[:, None]
+                scores = np.full(outputs.shape[:2], None)
+            else:
+                best = frontend.beam_search(model, made.source, **options, beam_size=beams, n_best=n_best)
+                outputs, scores = np.asarray(best.tokens), np.asarray(best.scores).astype(object)
+            for i, output, score in zip(chunk, outputs, scores, strict=False):
+                found[i] = [
+                    Hypothesis(task.target.cut(row), s)
+                    for row, s in zip(output, score, strict=True)
+                    if s is None or s > -np.inf
+                ]
     return [found[i] for i in range(len(sources))]

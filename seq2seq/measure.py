@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from core.config import TransformerConfig
 from seq2seq.batches import Pair, batch
 from seq2seq.frontends import frontend
-from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.optimizer import make_optimizer
+from seq2seq.options import TrainingOptions
 
 _NOT_CODE = {token.COMMENT, token.NL, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER, token.ENCODING}
 

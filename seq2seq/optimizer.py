@@ -1,49 +1,87 @@
-"""How a model is trained: the options, and the optax transformation they stand for."""
+"""The optax transformation that training options stand for."""
 
-import dataclasses
+import fnmatch
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
-from seq2seq.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """AdamW with warm-up and inverse square root decay (2017, section 5.3), clipped by the global norm."""
-
-    steps: int = 5000
-    tokens: int = 2048  # target positions in a batch
-    learning_rate: float = 1e-3  # its peak, reached after the warm-up
-    warmup: int = 400  # steps
-    weight_decay: float = 1e-3
-    clip_norm: float = 1.0
-    label_smoothing: float = 0.1
-    validate_every: int = 200  # steps
-    patience: int = 5  # validations without a new lowest loss before training stops
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens", "warmup", "validate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UserError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+from core.weights import dotted
+from seq2seq.options import TrainingOptions
 
 
 def make_optimizer(options: TrainingOptions) -> optax.GradientTransformation:
     """Update k uses the rate of step k, counted from 0."""
-
-    def learning_rate(count):
-        step = jnp.asarray(count, jnp.float32) + 1
-        return options.learning_rate * jnp.minimum(step / options.warmup, jnp.sqrt(options.warmup / step))
-
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
-        optax.adamw(learning_rate, b2=0.98, weight_decay=options.weight_decay),
+        optax.adamw(learning_rate(options), b2=0.98, weight_decay=options.weight_decay, mask=decayed),
     )
+    if options.frozen:
+        labels = lambda params: by_name(lambda name, x: "frozen" if matches(name, options.frozen) else "free", params)
+        tx = optax.multi_transform({"free": tx, "frozen": optax.set_to_zero()}, labels)
+    if options.average:
+        tx = optax.chain(tx, weight_average(options.average))
+    return optax.apply_if_finite(tx, max_consecutive_errors=2**30)
+
+
+def learning_rate(options: TrainingOptions) -> optax.Schedule:
+    """The rate of step k, counted from 0: up to the peak in a line, then by the schedule."""
+    peak, warmup = options.learning_rate, options.warmup
+
+    def rate(count):
+        step = jnp.asarray(count, jnp.float32) + 1
+        after = {
+            "inverse_sqrt": lambda: jnp.sqrt(warmup / step),
+            "cosine": lambda: 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / (options.steps - warmup), 0, 1))),
+            "constant": lambda: jnp.ones_like(step),
+        }
+        return peak * jnp.where(step < warmup, step / warmup, after[options.schedule]())
+
+    return rate
+
+
+def decayed(params: PyTree) -> PyTree:
+    """True for matrices: what multiplies vectors may shrink, what is added to them or scales them may not."""
+    return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is the name of a parameter, as in `encoder.*`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def by_name(function: Callable, params: PyTree) -> PyTree:
+    """`function(dotted name, leaf)` of each parameter, in either frontend's tree."""
+    return jax.tree.map_with_path(lambda path, x: function(dotted(path).removesuffix(".value"), x), params)
+
+
+class AverageState(NamedTuple):
+    """The moving average of the weights, and how many steps it has seen."""
+
+    steps: jax.Array
+    average: PyTree
+
+
+def weight_average(decay: float) -> optax.GradientTransformation:
+    """Changes no update, keeps the exponential moving average of the weights they lead to (Polyak and Juditsky 1992).
+
+    Early on it forgets faster, by (1 + n) / (10 + n), so that the first weights do not linger.
+    """
+
+    def init(params):
+        return AverageState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params)
+        )  # copies: train steps give buffers away
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("weight_average needs the parameters in update(), got none")
+        n = jnp.asarray(state.steps, jnp.float32)
+        keep = jnp.minimum(decay, (1 + n) / (10 + n))
+        moved = lambda a, p, u: a + (1 - keep).astype(a.dtype) * (p + u - a)
+        return updates, AverageState(state.steps + 1, jax.tree.map(moved, state.average, params, updates))
+
+    return optax.GradientTransformation(init, update)

@@ -1,25 +1,28 @@
-"""A run folder: what was trained, how it went, and the best weights, for either frontend."""
+"""A run folder: what was trained, how it went, and its checkpoints, for either frontend."""
 
+import contextlib
 import dataclasses
-import hashlib
+import fcntl
 import importlib.metadata
 import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from core.config import TransformerConfig
+from seq2seq import checkpoints
 from seq2seq.errors import UserError
-from seq2seq.optimizer import TrainingOptions
+from seq2seq.options import TrainingOptions
 from seq2seq.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder with `run.json`, `metrics.jsonl`, `checkpoints/` and their `digests.json`."""
+    """A folder with `run.json`, `metrics.jsonl` and `checkpoints/`."""
 
     folder: Path
     task: str
@@ -39,8 +42,9 @@ class Run:
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}; give another --run") from None
         run = cls(folder, task, frontend, config, options)
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "optax")}
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
         about = {
+            "command": shlex.join(["isoformer", *sys.argv[1:]]),
             "task": task,
             "frontend": frontend,
             "config": json.loads(config.to_json()),
@@ -57,49 +61,55 @@ class Run:
         try:
             about = json.loads(path.read_text())
             config = TransformerConfig.from_json(json.dumps(about["config"]))
-            return cls(folder, about["task"], about["frontend"], config, TrainingOptions(**about["options"]))
+            return cls(folder, about["task"], about["frontend"], config, _options(about["options"]))
         except OSError:
             raise UserError(f"{folder} is no run folder, it has no run.json; `isoformer train` makes one") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be used: {error}; train the run again") from None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """This process alone writes to the folder. UserError if another one does."""
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder} is being trained by another process; wait for it, or stop it") from None
+            checkpoints.collect(self.checkpoint_folder)
+            yield
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
 
     def log(self, **metrics: Any) -> None:
         """Adds one line to metrics.jsonl."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def save(self, step: int, weights: dict[str, Array], *, loss: float) -> None:
-        """Keeps the weights if their validation loss is the lowest so far."""
-        with self._manager() as manager:
-            manager.save(step, args=ocp.args.StandardSave(weights), metrics={"loss": loss})
-        temporary = self.folder / "digests.tmp"
-        temporary.write_text(json.dumps(self._digests(), indent=2) + "\n")
-        temporary.replace(self.folder / "digests.json")
+    def save(self, step: int, arrays: Mapping[str, Mapping[str, Array]], about: Mapping[str, Any]) -> None:
+        """Keeps the state after a step; of the older ones those with the lowest losses stay."""
+        checkpoints.save(self.checkpoint_folder, step, arrays, about)
+        found = losses(self.checkpoint_folder)
+        wanted = {step, *sorted(found, key=found.__getitem__)[: self.options.keep]}
+        for old in set(checkpoints.steps(self.checkpoint_folder)) - wanted:
+            checkpoints.remove(self.checkpoint_folder, old)
+
+    def latest(self) -> checkpoints.Checkpoint | None:
+        """The state after the last step that was saved; None before the first."""
+        found = checkpoints.steps(self.checkpoint_folder)
+        return checkpoints.load(self.checkpoint_folder, found[-1]) if found else None
 
     def best_weights(self) -> dict[str, Array]:
         """The weights of the lowest validation loss. UserError if there are none, or a file of them has changed."""
-        try:
-            kept = json.loads((self.folder / "digests.json").read_text())
-        except FileNotFoundError:
+        found = losses(self.checkpoint_folder)
+        if not found:
             raise UserError(
                 f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation"
             ) from None
-        found = self._digests()
-        # orbax itself takes a flipped bit for a number
-        if changed := sorted(name for name in kept | found if kept.get(name) != found.get(name)):
-            raise UserError(
-                f"the checkpoint of {self.folder} is damaged, {changed[0]} has changed; train the run again"
-            )
-        with self._manager() as manager:
-            step = manager.best_step()
-            stored = manager.item_metadata(step).tree
-            wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-            return manager.restore(step, args=ocp.args.StandardRestore(wanted))
-
-    def _digests(self) -> dict[str, str]:
-        """The sha256 of every file of the checkpoints."""
-        files = sorted(path for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
-        return {str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        arrays = checkpoints.load(self.checkpoint_folder, min(found, key=found.__getitem__)).arrays
+        return averaged(arrays["optimizer"]) if self.options.average else arrays["weights"]
 
     def load_model(self, frontend: Any, task: Task) -> Any:
         """The best model in a frontend. UserError if its weights are of another configuration or task."""
@@ -114,12 +124,19 @@ class Run:
         except ValueError as error:
             raise UserError(f"the checkpoint of {self.folder} does not fit its run.json: {error}") from None
 
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1,
-            best_fn=lambda metrics: metrics["loss"],
-            best_mode="min",
-            enable_async_checkpointing=False,
-        )
-        folder = (self.folder / "checkpoints").absolute()
-        return ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+
+def _options(fields: dict[str, Any]) -> TrainingOptions:
+    tuples: dict[str, Any] = {name: tuple(x) for name, x in fields.items() if isinstance(x, list)}  # JSON has none
+    return TrainingOptions(**{**fields, **tuples})
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The validation loss of each checkpoint that has one, by its step."""
+    about = {step: checkpoints.about(folder, step) for step in checkpoints.steps(folder)}
+    return {step: a["validation_loss"] for step, a in about.items() if a.get("validation_loss") is not None}
+
+
+def averaged(optimizer_state: Mapping[str, Array]) -> dict[str, Array]:
+    """The moving average of the weights that the optimizer has kept, by their names."""
+    parts = ((name.partition(".average."), array) for name, array in optimizer_state.items())
+    return {name: array for (_, found, name), array in parts if found}

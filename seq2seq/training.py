@@ -1,19 +1,23 @@
 """The training loop: batches in, the best weights out, with its progress to be seen."""
 
-import itertools
+import contextlib
+import math
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core.losses import Batch
-from seq2seq.batches import Pair, batches, pairs
+from seq2seq.batches import endless_batches, pairs
+from seq2seq.errors import UserError
 from seq2seq.evaluation import token_scores
-from seq2seq.optimizer import TrainingOptions, make_optimizer
-from seq2seq.runs import Run
+from seq2seq.optimizer import make_optimizer
+from seq2seq.runs import Run, averaged
 from seq2seq.tasks import Task
 
 
@@ -24,12 +28,6 @@ class Outcome(NamedTuple):
     best_step: int
     best_loss: float  # on the validation split, nats a token
     stopped: str  # why
-
-
-def endless_batches(data: Sequence[Pair], task: Task, options: TrainingOptions) -> Iterator[Batch]:
-    """Epoch after epoch, each in an order of its own that the seed fixes."""
-    for epoch in itertools.count():
-        yield from batches(data, task.buckets, tokens=options.tokens, seed=(options.seed, epoch))
 
 
 def progress_bar(console: Console) -> Progress:
@@ -45,43 +43,133 @@ def progress_bar(console: Console) -> Progress:
 
 
 def train(run: Run, frontend: Any, task: Task, *, console: Console) -> Outcome:
-    """Trains until the steps are done, the validation loss has stopped falling, or Ctrl-C."""
-    options = run.options
-    model = frontend.init_transformer(run.config, seed=options.seed)
-    trainer = frontend.Trainer(
-        model, make_optimizer(options), seed=options.seed, label_smoothing=options.label_smoothing
-    )
-    data, validation = pairs(task.split("train")), task.split("validation")
-    best_step, best_loss, step, stopped = 0, float("inf"), 0, "all steps done"
-    with progress_bar(console) as progress:
-        bar = progress.add_task(f"{task.name} in {run.frontend}", total=options.steps, numbers="compiling")
-        try:
-            meter = _Meter()
-            for step, batch in enumerate(itertools.islice(endless_batches(data, task, options), options.steps), 1):
-                metrics = trainer.train(batch)
-                meter.count(batch)
-                if step % 10 == 0 or step == 1:
-                    loss, accuracy = float(metrics.loss), float(metrics.accuracy)
-                    speed = meter.tokens_per_second()
-                    numbers = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} tokens/s"
-                    progress.update(bar, completed=step, numbers=numbers)
-                    run.log(step=step, loss=loss, accuracy=accuracy, tokens_per_second=speed)
-                if step % options.validate_every == 0 or step == options.steps:
-                    scores = token_scores(trainer, task, validation, tokens=options.tokens)
-                    run.log(step=step, validation_loss=scores.loss, validation_accuracy=scores.accuracy)
-                    progress.console.print(
-                        f"step {step}: validation loss {scores.loss:.4f}, token accuracy {scores.accuracy:.2%}"
-                    )
-                    if scores.loss < best_loss:
-                        best_step, best_loss = step, scores.loss
-                        run.save(step, frontend.to_weights(trainer.model), loss=scores.loss)
-                    elif step - best_step >= options.patience * options.validate_every:
-                        stopped = f"the validation loss has not fallen for {options.patience} validations"
-                        break
-                    meter = _Meter()
-        except KeyboardInterrupt:
-            stopped = "interrupted"
-    return Outcome(step, best_step, best_loss, stopped)
+    """Trains until the steps are done, the validation loss has stopped falling, Ctrl-C or SIGTERM.
+
+    A run that has a checkpoint goes on from it, in either frontend, to the same bits as if it had never stopped.
+    """
+    with run.training(), _noted(signal.SIGINT, signal.SIGTERM) as signals, progress_bar(console) as progress:
+        return _Training(run, frontend, task, progress, signals).run()
+
+
+class _Training:
+    """One run in one process."""
+
+    def __init__(self, run: Run, frontend: Any, task: Task, progress: Progress, signals: list[signal.Signals]):
+        self.run_, self.frontend, self.task, self.progress, self.signals = run, frontend, task, progress, signals
+        self.options, options = run.options, run.options
+        self.step, self.best_step, self.best_loss, self.saved = 0, 0, float("inf"), 0
+        self.data, self.validation = pairs(task.split("train")), task.split("validation")
+        found = run.latest()
+        if found is None:
+            model = frontend.init_transformer(run.config, seed=options.seed)
+        else:
+            model = frontend.from_weights(run.config, found.arrays["weights"])
+        self.trainer = frontend.Trainer(
+            model,
+            make_optimizer(options),
+            seed=options.seed,
+            label_smoothing=options.label_smoothing,
+            accumulate=options.accumulate > 1,
+        )
+        if found is not None:
+            self.step = self.saved = found.about["step"]
+            self.best_step, self.best_loss = found.about["best_step"], found.about["best_loss"] or float("inf")
+            self.trainer.resume(found.arrays["optimizer"], step=self.step)
+            progress.console.print(f"going on after step {self.step}")
+
+    def run(self) -> Outcome:
+        options = self.options
+        bar = self.progress.add_task(
+            f"{self.task.name} in {self.run_.frontend}", total=options.steps, completed=self.step, numbers="compiling"
+        )
+        sizes = {"tokens": options.tokens, "micro": options.accumulate, "seed": options.seed}
+        data = endless_batches(self.data, self.task.buckets, **sizes, start=self.step)
+        stopped, meter = self._stopped(), _Meter()
+        while stopped is None:
+            batch = next(data)
+            metrics = self.trainer.train(batch)
+            self.step += 1
+            meter.count(batch)
+            if self.step % 10 == 0 or self.step == 1:
+                loss, accuracy = float(metrics.loss), float(metrics.accuracy)
+                speed = meter.tokens_per_second()
+                numbers = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} tokens/s"
+                self.progress.update(bar, completed=self.step, numbers=numbers)
+                self.run_.log(step=self.step, loss=loss, accuracy=accuracy, tokens_per_second=speed)
+                self._check_finite()
+            if self.step % options.validate_every == 0 or self.step == options.steps:
+                self._validate()
+                meter = _Meter()
+            stopped = self._stopped()
+        if self.step > self.saved:
+            self._save(None)
+        return Outcome(self.step, self.best_step, self.best_loss, stopped)
+
+    def _stopped(self) -> str | None:
+        if self.step >= self.options.steps:
+            return "all steps done"
+        if self.signals:
+            return f"interrupted by {self.signals[0].name}"
+        if (
+            self.step - self.best_step >= self.options.patience * self.options.validate_every
+            and self.step == self.saved
+        ):
+            return f"the validation loss has not fallen for {self.options.patience} validations"
+        return None
+
+    def _validate(self) -> None:
+        trainer, average = self.trainer, self.options.average
+        if average:
+            weights = averaged(trainer.optimizer_state())
+            trainer = self.frontend.Trainer(self.frontend.from_weights(self.run_.config, weights), optax.identity())
+        scores = token_scores(trainer, self.task, self.validation, tokens=self.options.tokens)
+        self.run_.log(step=self.step, validation_loss=scores.loss, validation_accuracy=scores.accuracy)
+        self.progress.console.print(
+            f"step {self.step}: validation loss {scores.loss:.4f}, token accuracy {scores.accuracy:.2%}"
+        )
+        if scores.loss < self.best_loss:
+            self.best_step, self.best_loss = self.step, scores.loss
+        self._save(scores.loss)
+
+    def _save(self, validation_loss: float | None) -> None:
+        known = validation_loss is not None and math.isfinite(validation_loss)
+        about = {
+            "validation_loss": validation_loss if known else None,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_step else None,
+        }
+        arrays = {"weights": self.frontend.to_weights(self.trainer.model), "optimizer": self.trainer.optimizer_state()}
+        self.run_.save(self.step, arrays, about)
+        self.saved = self.step
+
+    def _check_finite(self) -> None:
+        """UserError if a gradient was not finite and the run is to stop then; its step has changed nothing."""
+        skipped = int(self.trainer.optimizer_state()["total_notfinite"])
+        if skipped and self.options.non_finite == "stop":
+            raise UserError(
+                f"a gradient was not finite, {skipped} of {self.step} steps so far; the last checkpoint is of step "
+                f"{self.saved}. Lower --learning-rate, or go on with --non-finite skip"
+            )
+        if skipped:
+            self.run_.log(step=self.step, skipped_steps=skipped)
+
+
+@contextlib.contextmanager
+def _noted(*numbers: signal.Signals) -> Iterator[list[signal.Signals]]:
+    """The signals that came, so that the step they came in is finished and saved; the second one interrupts at once."""
+    came: list[signal.Signals] = []
+
+    def note(number: int, _: Any) -> None:
+        came.append(signal.Signals(number))
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Meter:

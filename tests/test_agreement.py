@@ -18,8 +18,10 @@ import equinox_impl.stacks
 import equinox_impl.training
 import nnx_impl
 from core.config import TransformerConfig
+from core.constraints import Constraints
 from core.identity import dataflow_difference, program_text
-from tests.frontends import FRONTENDS, logits, optimizer, random_batch, random_weights, same_bits
+from core.sampling import Sampling
+from tests.frontends import CONFIG, FRONTENDS, logits, optimizer, random_batch, random_weights, same_bits
 from tests.strategies import configs, seeds
 
 batches = st.sampled_from([(2,), (), (2, 1)])
@@ -74,12 +76,12 @@ def texts(program, config, weights, batch):
     return [program_text(program(package, config), weights, batch) for package in FRONTENDS.values()]
 
 
-def train_step_difference(config, weights, batch):
+def train_step_difference(config, weights, batch, **options):
     steps = []
     with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
         for package in FRONTENDS.values():
             state = package.Trainer(package.from_weights(config, weights), optimizer()).optimizer_state()
-            step = package.functional_step(config, optimizer(), label_smoothing=0.1)
+            step = package.functional_step(config, optimizer(), label_smoothing=0.1, **options)
             steps.append(jax.make_jaxpr(step)(weights, state, batch, jax.random.key(2), jnp.uint32(3)))
     return dataflow_difference(*steps)
 
@@ -163,6 +165,43 @@ def test_packed_continued_and_prefixed_models_lower_to_the_same_text(config, bat
         weights = random_weights(its_config, 0, model_class=name)
         first, second = texts(program, its_config, weights, data)
         assert first == second, f"{program.__name__} of {its_config} differs"
+
+
+def decoded(package, config, name):
+    """Every way of decoding, and scoring."""
+    rules = Constraints(repetition_penalty=1.2, no_repeat_ngram=2, min_length=1, banned=(3,))
+    randomness = "rngs" if package is nnx_impl else "key"
+
+    def run(weights, batch):
+        model = package.from_weights(config, weights, model_class=getattr(package, name))
+        common = {"max_length": 4, "constraints": rules, "forced": jnp.asarray([-1, 4], jnp.int32)}
+        own = {} if name == "Transformer" else {"prefill_chunk": 2}
+        drawn = {"sampling": Sampling(0.7, 5, 0.9, 0.01), randomness: jax.random.key(2)}
+        return (
+            package.generate(model, batch.source, **common, **own),
+            package.generate(model, batch.source, **common, **own, **drawn),
+            package.beam_search(model, batch.source, **common, **own, beam_size=3, n_best=2),
+            package.score(model, batch.source, batch.labels, target_mask=batch.target_mask, **own),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["Transformer", "DecoderOnlyTransformer"])
+@given(config=configs(), batch=batches, seed=seeds)
+@few(max_examples=3)
+def test_every_way_of_decoding_lowers_to_the_same_text(name, config, batch, seed):
+    weights, data = random_weights(config, 0, model_class=name), random_batch(config, seed, batch=batch)
+    found = [program_text(decoded(package, config, name), weights, data) for package in FRONTENDS.values()]
+    assert found[0] == found[1], config
+
+
+def test_accumulated_and_rematerialised_train_steps_are_the_same_dataflow():
+    config = CONFIG.replace(remat=True)
+    data = jax.tree.map(lambda *x: jnp.stack(x), *(random_batch(config, seed) for seed in range(2)))
+    weights = random_weights(config, 0)
+    assert train_step_difference(config, weights, data, accumulate=True) is None
+    assert train_step_difference(config, weights, jax.tree.map(lambda x: x[0], data)) is None
 
 
 @given(config=configs(), batch=batches, seed=seeds)

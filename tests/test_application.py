@@ -19,7 +19,8 @@ from seq2seq import tasks
 from seq2seq.cli import main
 from seq2seq.evaluation import predict, sequence_scores
 from seq2seq.frontends import frontend
-from seq2seq.optimizer import TrainingOptions, make_optimizer
+from seq2seq.optimizer import make_optimizer
+from seq2seq.options import TrainingOptions
 from seq2seq.report import Report
 from seq2seq.runs import Run
 from seq2seq.tasks import Example
@@ -74,9 +75,11 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path):
     run = Run.create(tmp_path / "run", task="copy", frontend="nnx", config=config, options=TrainingOptions())
     task = dataclasses.replace(tasks.load_task("copy"), source=tasks.Vocabulary("ab"), target=tasks.Vocabulary("ab"))
     best, worse = random_weights(config, 0), random_weights(config, 1)
-    run.save(1, worse, loss=3.0)
-    run.save(2, best, loss=1.0)
-    run.save(3, worse, loss=2.0)
+    keep = lambda step, weights, loss: run.save(step, {"weights": weights}, {"validation_loss": loss})
+    keep(1, worse, 3.0)
+    keep(2, best, 1.0)
+    keep(3, worse, 2.0)
+    keep(4, worse, None)
     opened = Run.open(tmp_path / "run")
     assert opened == run
     assert same_bits(opened.best_weights(), best)
@@ -135,7 +138,7 @@ def run_with(tmp_path, **changes):
         num_decoder_layers=0,
     )  # fmt: skip
     run = Run.create(tmp_path / "run", task="copy", frontend="nnx", config=config, options=TrainingOptions())
-    run.save(1, random_weights(config, 0), loss=1.0)
+    run.save(1, {"weights": random_weights(config, 0)}, {"validation_loss": 1.0})
     about = json.loads((run.folder / "run.json").read_text())
     (run.folder / "run.json").write_text(json.dumps(about | changes))
     return run
@@ -185,7 +188,7 @@ def test_a_damaged_checkpoint_is_refused(damage, isoformer, tmp_path):
         path.write_bytes(content if damage == "flip a bit" else content[:-1])
     code, printed = isoformer("evaluate", run.folder)
     assert code == 2
-    assert "is damaged, checkpoints/1/" in printed
+    assert "checkpoints/00000001 is damaged: arrays/" in printed
 
 
 def test_a_missing_framework_is_named(monkeypatch, isoformer):

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
-from core.cache import KeysValues, KVCache, append, cached_attention, empty_keys_values
+from core.cache import (
+    DecoderCache,
+    KeysValues,
+    KVCache,
+    append,
+    cached_attention,
+    empty_keys_values,
+    select_beams,
+)
 from core.relative import T5, ALiBi, Shaw, TransformerXL
 from tests.strategies import AttentionShape, qkv, seeds
 
@@ -258,3 +266,26 @@ def test_lengths_stay_int32_where_numbers_are_wide(x64):
     cache = append(empty(SHAPES[0], 6), jnp.ones((2, 1, 2, 4), "float32"), jnp.ones((2, 1, 2, 4), "float32"))
     assert cache.length.dtype == jnp.int32
     assert cache.length.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
+def test_beams_take_over_what_others_have_seen_but_for_the_memory(batch):
+    rng, beams = np.random.default_rng(0), (*batch, 3)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((*beams, *shape)), jnp.float32)
+    length, parents = (jnp.asarray(rng.integers(0, 9, beams), jnp.int32) for _ in range(2))
+    cache = DecoderCache(
+        (KeysValues(draw(4, 2, 3), draw(4, 2, 5)),),
+        (KeysValues(draw(6, 2, 3), draw(6, 2, 3)),),
+        None,
+        length,
+        length + 1,
+    )
+    parents = parents % 3
+    found = select_beams(cache, parents)
+    assert found.memory is cache.memory
+    for row in np.ndindex(beams):
+        other = (*row[:-1], int(parents[row]))
+        for got, wanted in zip(found.attention[0], attention, strict=True):
+            exactly(np.asarray(got[row]), np.asarray(wanted[other]))
+        assert (int(found.length[row]), int(found.prefix[row])) == (int(length[other]), int(length[other]) + 1)
+    assert select_beams(cache._replace(prefix=None), parents).prefix is None

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
 from core.cache import KVCache, cached_attention, empty_keys_values
-from core.decoding import BOS, EOS, PAD, check_generation, greedy, prompt_lengths
+from core.constraints import FREE, Constraints
+from core.decoding import (
+    BOS,
+    EOS,
+    PAD,
+    Rules,
+    check_generation,
+    greedy,
+    next_tokens,
+    prefill,
+    prompt_lengths,
+    until_end,
+)
 from tests.strategies import seeds
 
 V, L = 6, 8
@@ -179,23 +191,73 @@ def test_a_negative_length_is_refused(untyped):
         generate(table(0), firsts((2,), 0), max_length=-1)
 
 
+def rules(**changes):
+    return Rules(**{"max_length": 3, "constraints": FREE, "eos_id": EOS, "pad_id": PAD, **changes})
+
+
 @pytest.mark.parametrize("max_length", [0, 1, 7])
 def test_a_generation_may_have_any_length_and_any_ids_of_its_vocabulary(max_length):
-    check_generation(V, max_length=max_length, eos_id=0, pad_id=V - 1)
+    forced = jnp.full((2, max_length), V - 1)
+    check_generation(V, (2,), rules(max_length=max_length, eos_id=0, pad_id=V - 1), forced=forced)
+    check_generation(V, (2,), rules(max_length=max_length), forced=-jnp.ones(max_length, jnp.int32))
 
 
 @pytest.mark.parametrize(
-    ("max_length", "ids", "message"),
+    ("changes", "more", "message"),
     [
-        (-1, {}, "max_length must be at least 0, got -1"),
-        (3, {"eos_id": -1}, rf"eos_id must lie in the target vocabulary \[0, {V}\), got -1"),
-        (3, {"eos_id": 1, "pad_id": V}, rf"pad_id must lie in the target vocabulary \[0, {V}\), got {V}"),
-        (3, {"bos_id": V + 1, "pad_id": 0}, rf"bos_id must lie in the target vocabulary \[0, {V}\), got {V + 1}"),
+        ({"max_length": -1}, {}, "max_length must be at least 0, got -1"),
+        ({"eos_id": -1}, {}, rf"eos_id must lie in the target vocabulary \[0, {V}\), got -1"),
+        ({"pad_id": V}, {}, rf"pad_id must lie in the target vocabulary \[0, {V}\), got {V}"),
+        ({}, {"bos_id": V + 1}, rf"bos_id must lie in the target vocabulary \[0, {V}\), got {V + 1}"),
+        ({"constraints": Constraints(banned=(1, V))}, {}, rf"banned must lie in the target vocabulary .*, got {V}"),
+        ({"constraints": Constraints(min_length=4)}, {}, "min_length must be at most max_length 3, got 4"),
+        ({}, {"forced": jnp.ones((2, 4), jnp.int32)}, r"forced must have the shape \(2, 'P'\) or .*got \(2, 4\)"),
+        ({}, {"forced": jnp.ones((3, 2), jnp.int32)}, r"P at most max_length 3, got \(3, 2\)"),
+        ({}, {"forced": jnp.int32(1)}, r"forced must have the shape .*got \(\)"),
+        ({}, {"forced": jnp.asarray([1, V])}, rf"vocabulary \[0, {V}\), or -1 for any token, got 1 to {V}"),
+        ({}, {"forced": jnp.asarray([-2, 1])}, "or -1 for any token, got -2 to 1"),
     ],
 )
-def test_a_generation_that_cannot_be_is_refused(max_length, ids, message):
+def test_a_generation_that_cannot_be_is_refused(changes, more, message, untyped):
     with pytest.raises(ValueError, match=message):
-        check_generation(V, max_length=max_length, **ids)
+        check_generation(V, (2,), rules(**changes), **more)
+
+
+def test_forced_tokens_are_integers(untyped):
+    with pytest.raises(TypeError, match="forced must be token ids, -1 for any token, got float32"):
+        check_generation(V, (2,), rules(), forced=jnp.ones(2))
+
+
+@given(st.sampled_from([(2,), (), (2, 2)]), seeds, st.sampled_from([None, 1, 2, 3, 4, 5, 9]))
+def test_a_prompt_may_be_read_in_chunks_of_any_size(batch, seed, chunk):
+    """What grows here is the list of real tokens itself."""
+    rng = np.random.default_rng(seed)
+    tokens, lengths = rng.integers(0, 9, (*batch, 5)).astype("int32"), rng.integers(0, 6, batch).astype("int32")
+    seen = np.zeros((*batch, 0), "int32")
+
+    def grow(part, cache, count):
+        real = np.where(np.arange(part.shape[-1]) < np.asarray(count)[..., None], part, -1)
+        return np.concatenate([cache, real], axis=-1)
+
+    found = prefill(grow, jnp.asarray(tokens), seen, lengths=jnp.asarray(lengths), chunk=chunk)
+    np.testing.assert_array_equal(found, np.where(np.arange(5) < lengths[..., None], tokens, -1))
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5])
+def test_a_chunk_holds_a_token_at_least(chunk, untyped):
+    with pytest.raises(ValueError, match="prefill_chunk must be an integer of at least 1, got"):
+        prefill(None, jnp.zeros((2, 3), jnp.int32), None, lengths=jnp.zeros(2, jnp.int32), chunk=chunk)
+
+
+def test_a_target_is_predicted_from_what_stands_before_it():
+    target = jnp.asarray([[3, 4, 5], [6, 7, 8]], jnp.int32)
+    assert next_tokens(jnp.asarray([1, 2], jnp.int32), target).tolist() == [[1, 3, 4], [2, 6, 7]]
+
+
+def test_a_row_goes_up_to_its_first_end():
+    tokens = jnp.asarray([[3, EOS, EOS, 0], [3, 4, 5, 6], [EOS, 1, 1, 1]], jnp.int32)
+    assert until_end(tokens, EOS).sum(-1).tolist() == [2, 4, 1]
+    assert until_end(tokens, EOS)[0].tolist() == [True, True, False, False]
 
 
 @given(st.sampled_from([(3, 4), (4,), (2, 2, 4)]), seeds)

@@ -215,3 +215,9 @@ def test_a_vocabulary_of_one_costs_nothing():
 def test_float_labels_are_refused(loss, untyped):
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
         loss(jnp.zeros((2, V)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
+def test_labels_of_any_integer_type_are_compared_where_numbers_are_wide(dtype, x64):
+    logits = jnp.asarray([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]], jnp.float64)
+    assert float(accuracy(logits, jnp.asarray([1, 2], dtype))) == 0.5

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from core.config import Positions, TransformerConfig
 from seq2seq import cli
 from seq2seq.frontends import frontend
-from seq2seq.optimizer import TrainingOptions
+from seq2seq.options import TrainingOptions
 from seq2seq.pictures import absolute_encodings, attention_maps, gallery, relative_encodings
 from seq2seq.runs import Run
 from seq2seq.tasks import load_task
@@ -93,7 +93,7 @@ def test_the_command_line_draws_a_run_and_the_gallery(tmp_path, monkeypatch, cap
 
     config, folder = small_config("t5"), tmp_path / "run"
     run = Run.create(folder, task="copy", frontend="nnx", config=config, options=TrainingOptions())
-    run.save(1, random_weights(config, 0), loss=1.0)
+    run.save(1, {"weights": random_weights(config, 0)}, {"validation_loss": 1.0})
     isoformer("attention", folder, "05 03 11", "--output", tmp_path / "maps")
     isoformer("encodings", folder, "--output", tmp_path / "own", "--length", 9)
     isoformer("encodings", "--output", tmp_path / "all", "--length", 9)

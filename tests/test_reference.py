@@ -663,7 +663,7 @@ def test_bad_arguments_of_a_call_are_named_with_the_rule(frontend, case, untyped
 
 @every_frontend
 def test_bad_arguments_of_generation_are_named_with_the_rule(frontend, untyped):
-    with pytest.raises(ValueError, match="prefix is for decoder-only models; the tokens of an encoder see each other"):
+    with pytest.raises(ValueError, match="prefix and prefill_chunk are for decoder-only models; an encoder reads"):
         frontend.generate(model_of(frontend, "Transformer"), TOKENS, prefix=True, max_length=2)
     with pytest.raises(ValueError, match="each row of a prompt needs its real tokens first, at least one"):
         frontend.generate(model_of(frontend, LM), TOKENS, source_mask=~REAL, prefix=True, max_length=2)

@@ -1,0 +1,98 @@
+"""Drawing the next token: temperature, top-k, top-p and min-p, with a key for each row."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
+
+from core.values import STATIC, value
+
+Number = Any  # a float or a scalar array; not said so, since JAX makes values of placeholders, too
+
+
+@value
+class Sampling:
+    """How a token is drawn. The rules apply in the order of the fields, each to what the ones before have left.
+
+    All but `top_k` may change without compiling anew.
+    """
+
+    temperature: Number = 1.0  # logits are divided by it; 0: the likeliest token
+    top_k: int | None = dataclasses.field(default=None, metadata=STATIC)  # only the k likeliest tokens
+    top_p: Number | None = None  # only the fewest likeliest with so much of the mass (nucleus)
+    min_p: Number | None = None  # only tokens with so much of the likeliest one's probability
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1] or min_p outside [0, 1]."""
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {sampling.temperature}")
+    if sampling.top_k is not None and (type(sampling.top_k) is not int or sampling.top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1, got {sampling.top_k!r}")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {sampling.top_p}")
+    if sampling.min_p is not None and not 0 <= sampling.min_p <= 1:
+        raise ValueError(f"min_p must be at least 0 and at most 1, got {sampling.min_p}")
+
+
+def draw(logits: Float[Array, "*B V"], keys: Key[Array, "*B"], sampling: Sampling) -> Int[Array, "*B"]:
+    """One token for each row, by its own key: `keys` has the shape *B. Tokens of logit -inf are never drawn."""
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature = jnp.asarray(sampling.temperature, logits.dtype)
+    warm = logits / jnp.where(temperature == 0, 1, temperature)
+    warm = jnp.where(kept_tokens(warm, sampling), warm, -jnp.inf)
+    drawn = by_row(jax.random.categorical)(keys, warm).astype(jnp.int32)
+    return jnp.where(temperature == 0, likeliest, drawn)
+
+
+def kept_tokens(logits: Float[Array, "*B V"], sampling: Sampling) -> Bool[Array, "*B V"]:
+    """What top_k, top_p and min_p leave; the likeliest token is always among it. Of equals the lowest ids stay."""
+    kept = logits > -jnp.inf
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kept &= _rank(logits) < sampling.top_k
+    if sampling.top_p is not None:
+        probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf))
+        order = jnp.argsort(-probability, axis=-1, stable=True)
+        descending = jnp.take_along_axis(probability, order, axis=-1)
+        before = jnp.cumsum(descending, axis=-1) - descending
+        enough = jnp.asarray(sampling.top_p, logits.dtype)
+        in_order = (before < enough) | (enough >= 1)
+        kept &= jnp.take_along_axis(in_order, jnp.argsort(order, axis=-1), axis=-1)
+    if sampling.min_p is not None:
+        lowest = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.asarray(sampling.min_p, logits.dtype))
+        kept &= logits >= lowest
+    return kept
+
+
+def row_keys(key: Key[Array, "..."], batch: tuple[int, ...]) -> Key[Array, "..."]:
+    """A key for each row: those given, or of one key its fold with the number of the row.
+
+    A row's tokens depend on its own key alone, so other rows may come and go.
+    """
+    if key.shape == batch:
+        return key
+    if key.shape:
+        raise ValueError(f"sampling takes one key or one for each row, {batch}, got keys of shape {key.shape}")
+    rows = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
+    return by_row(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def by_row(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function of one row, on any leading axes; they are those of its first argument."""
+
+    def mapped(first: Array, *others: Array) -> Array:
+        call = function
+        for _ in first.shape:
+            call = jax.vmap(call)
+        return call(first, *others)
+
+    return mapped
+
+
+def _rank(logits: Array) -> Integer[Array, "*B V"]:
+    """0 for the likeliest token, 1 for the next; of equals the lowest id first."""
+    return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)

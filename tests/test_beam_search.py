@@ -1,0 +1,239 @@
+"""Laws of beam search, with toy steps in the place of a model."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.beam_search import Beams, beam_search, check_beams, penalty
+from core.constraints import Constraints
+from core.decoding import EOS, PAD, greedy
+from tests.strategies import seeds
+
+V, L = 4, 3
+LENGTH_PENALTIES = [0.6, 0.0, 1.0, -0.5]
+batches = st.sampled_from([(3,), (), (2, 2)])
+few = settings(max_examples=max(5, settings.default.max_examples // 3))
+
+
+def table(seed, vocab=V, length=L, *, size=2.0):
+    """Logits of the next token by the last one and how many came before: [V, L, V]."""
+    return (size * np.random.default_rng(seed).standard_normal((vocab, length, vocab))).astype("float32")
+
+
+def table_step(tokens, cache):
+    """Every row carries its own table and all that came: a beam that is not reordered with its tokens goes astray."""
+
+    def one(last, logits, path):
+        count = (path >= 0).sum(dtype=jnp.int32)
+        path = path.at[count].set(last)
+        came = jnp.where(path >= 0, path, 0).sum(dtype=jnp.int32)
+        return logits[(last + came) % len(logits), count], (logits, path)
+
+    logits, cache = functools.reduce(lambda f, _: jax.vmap(f), tokens.shape[:-1], one)(tokens[..., 0], *cache)
+    return logits[..., None, :], cache
+
+
+def start(tables, first):
+    batch = np.shape(first)
+    tables = jnp.broadcast_to(jnp.asarray(tables), (*batch, *np.shape(tables)[-3:]))
+    return tables, jnp.full((*batch, tables.shape[-2]), -1, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("max_length", "beam_size", "n_best", "length_penalty", "constraints"))
+def search(tables, first, forced=None, **options):
+    return beam_search(table_step, first, start(tables, first), forced=forced, **options)
+
+
+def log_probs(logits, first, sequence):
+    """The sum over a whole sequence, by the definition."""
+    total, path, last = 0.0, [], int(first)
+    for n, token in enumerate(sequence):
+        path.append(last)
+        row = np.float64(logits[(last + sum(path)) % len(logits), n])
+        total += row[token] - math.log(np.exp(row - row.max()).sum()) - row.max()
+        last = int(token)
+    return total
+
+
+def score(logits, first, sequence, length_penalty):
+    return log_probs(logits, first, sequence) / ((5 + len(sequence)) / 6) ** length_penalty
+
+
+def cut(row):
+    """A sequence up to and with its end."""
+    row = [int(token) for token in row]
+    return tuple(row[: row.index(EOS) + 1] if EOS in row else row)
+
+
+def slots(logits, first, *, max_length, beam_size, n_best, length_penalty):
+    """The search of the docstring in plain Python, to the last token, without stopping early."""
+    beam = [(0.0, (), False)]
+    for _ in range(max_length):
+        ended = [hypothesis for hypothesis in beam if hypothesis[2]]
+        grown = [
+            (log_probs(logits, first, (*sequence, token)), (*sequence, token), token == EOS)
+            for _, sequence, end in beam
+            if not end
+            for token in range(len(logits))
+        ]
+        beam = ended + sorted(grown, key=lambda hypothesis: -hypothesis[0])[: beam_size - len(ended)]
+    found = [(score(logits, first, sequence, length_penalty), sequence) for _, sequence, _ in beam]
+    return sorted(found, key=lambda hypothesis: -hypothesis[0])[:n_best]
+
+
+def firsts(batch, seed, vocab=V):
+    return np.random.default_rng([seed, 1]).integers(0, vocab, batch).astype("int32")
+
+
+def same(found, wanted, row):
+    for (value, sequence), tokens, got in zip(wanted, found.tokens[row], found.scores[row], strict=False):
+        assert cut(tokens) == sequence
+        assert (tokens[len(sequence) :] == PAD).all()
+        assert abs(got - value) < 1e-5
+    for tokens, got in zip(found.tokens[row][len(wanted) :], found.scores[row][len(wanted) :], strict=True):
+        assert got == -np.inf
+        assert (tokens == PAD).all()
+
+
+def as_numpy(found):
+    return type(found)(*map(np.asarray, found))
+
+
+@pytest.mark.parametrize("length_penalty", LENGTH_PENALTIES)
+@few
+@given(batch=batches, seed=seeds)
+def test_a_beam_that_holds_all_is_exhaustive(length_penalty, batch, seed):
+    logits, first = table(seed), firsts(batch, seed)
+    found = as_numpy(search(logits, first, max_length=L, beam_size=V**L, n_best=5, length_penalty=length_penalty))
+    everything = {cut(tokens) for tokens in itertools.product(range(V), repeat=L)}
+    for row in np.ndindex(batch):
+        wanted = sorted(((score(logits, first[row], s, length_penalty), s) for s in everything), reverse=True)[:5]
+        same(found, wanted, row)
+
+
+@pytest.mark.parametrize("length_penalty", LENGTH_PENALTIES)
+@few
+@given(batch=batches, seed=seeds, beam_size=st.sampled_from([2, 3]))
+def test_a_narrow_beam_keeps_what_has_ended_and_stops_without_a_loss(length_penalty, batch, seed, beam_size):
+    """The same n best as the plain search, which never stops early; rows end at different times."""
+    vocab, length = 6, 6
+    logits, first = table(seed, vocab, length), firsts(batch, seed, vocab)
+    options = {"max_length": length, "beam_size": beam_size, "n_best": beam_size, "length_penalty": length_penalty}
+    found = as_numpy(search(logits, first, **options))
+    for row in np.ndindex(batch):
+        same(found, slots(logits, first[row], **options), row)
+    assert (np.diff(found.scores, axis=-1) <= 0).all()
+
+
+@few
+@given(batch=batches, seed=seeds, length_penalty=st.sampled_from(LENGTH_PENALTIES))
+def test_one_beam_is_greedy_decoding(batch, seed, length_penalty):
+    logits, first = table(seed, 6, 6), firsts(batch, seed, 6)
+    found = search(logits, first, max_length=6, beam_size=1, length_penalty=length_penalty)
+    wanted = jax.jit(lambda first: greedy(table_step, first, start(logits, first), max_length=6))(first)
+    np.testing.assert_array_equal(found.tokens[..., 0, :], wanted)
+
+
+@few
+@given(seeds)
+def test_a_batch_is_its_rows_one_by_one(seed):
+    tables, first = np.stack([table(seed + i, 6, 6) for i in range(3)]), firsts((3,), seed, 6)
+    options = {"max_length": 6, "beam_size": 3, "n_best": 2, "length_penalty": 0.6}
+    together = as_numpy(search(tables, first, **options))
+    for row in range(3):
+        alone = as_numpy(search(tables[row : row + 1], first[row : row + 1], **options))
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-6)
+
+
+def test_ties_go_to_the_lowest_token():
+    found = search(np.zeros((V, L, V), "float32"), firsts((2,), 0), max_length=1, beam_size=3, n_best=3)
+    assert found.tokens[:, :, 0].tolist() == [[0, 1, 2]] * 2
+
+
+def test_the_search_ends_when_nothing_can_come_among_the_best():
+    """Counted by the step: the end is likely from the first, so one more token settles it."""
+    calls = []
+
+    def step(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return 9.0 * jax.nn.one_hot(jnp.full(tokens.shape, EOS), V), cache
+
+    found = beam_search(step, jnp.zeros(2, jnp.int32), jnp.zeros(2), max_length=50, beam_size=2)
+    jax.effects_barrier()
+    assert (found.tokens[..., 0] == EOS).all()
+    assert len(calls) == 1
+
+
+def test_a_row_of_nan_is_minus_one_and_the_others_are_what_they_were():
+    logits, first = np.stack([table(i) for i in range(3)]), firsts((3,), 0)
+    options = {"max_length": L, "beam_size": 2, "n_best": 2}
+    fine, bad = as_numpy(search(logits, first, **options)), logits.copy()
+    bad[1, :, 1, 0] = np.nan
+    found = as_numpy(search(bad, first, **options))
+    assert (found.tokens[1] == -1).all()
+    assert np.isnan(found.scores[1]).all()
+    for row in (0, 2):
+        np.testing.assert_array_equal(found.tokens[row], fine.tokens[row])
+        np.testing.assert_array_equal(found.scores[row], fine.scores[row])
+
+
+@few
+@given(seeds)
+def test_constraints_hold_and_the_scores_are_still_those_of_the_model(seed):
+    logits, first = table(seed, 6, 6), firsts((3,), seed, 6)
+    rules = Constraints(no_repeat_ngram=1, min_length=3, banned=(5,))
+    found = as_numpy(
+        search(logits, first, jnp.asarray([-1, 4]), max_length=6, beam_size=3, n_best=3, constraints=rules)
+    )
+    for row, i in np.ndindex(3, 3):
+        sequence = cut(found.tokens[row, i])
+        if found.scores[row, i] == -np.inf:
+            continue
+        assert sequence[1] == 4  # what is forced may come twice
+        assert len({*sequence[:1], *sequence[2:]}) == len(sequence) - 1
+        assert len(sequence) >= 4
+        assert 5 not in sequence
+        assert abs(found.scores[row, i] - score(logits, first[row], sequence, 0.6)) < 1e-5
+
+
+def test_scores_of_wide_models_are_wide(x64):
+    logits, first = table(0).astype("float64"), firsts((2,), 0)
+    found = search(logits, first, max_length=L, beam_size=3)
+    assert found.scores.dtype == jnp.float64
+    for row in range(2):
+        wanted = score(logits, first[row], cut(np.asarray(found.tokens[row, 0])), 0.6)
+        np.testing.assert_allclose(found.scores[row, 0], wanted, rtol=1e-12)
+
+
+def test_nothing_to_say_has_no_length():
+    found = search(table(0), firsts((2,), 0), max_length=0, beam_size=3, n_best=2)
+    assert found.tokens.shape == (2, 2, 0)
+    assert found.scores.tolist() == [[0.0, -np.inf]] * 2
+
+
+def test_the_penalty_is_that_of_the_paper():
+    np.testing.assert_allclose(penalty(jnp.float32([1, 7]), 0.5), [1.0, 2**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("beams", "message"),
+    [
+        ((0, 1, 0.6), "beam_size must be at least 1, got 0"),
+        ((3, 4, 0.6), r"n_best must lie in \[1, beam_size 3\], got 4"),
+        ((3, 0, 0.6), r"n_best must lie in \[1, beam_size 3\], got 0"),
+        ((3, 1, float("nan")), "length_penalty must be finite, got nan"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(beams, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        check_beams(Beams(*beams))
+    with pytest.raises(ValueError, match=message):
+        search(table(0), firsts((2,), 0), max_length=2, **Beams(*beams)._asdict())

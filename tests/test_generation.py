@@ -1,0 +1,129 @@
+"""Laws of generating with either frontend: every way of decoding, by whole models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core.constraints import Constraints
+from core.sampling import Sampling
+from tests.frontends import CONFIG, FRONTENDS, random_weights
+
+every_frontend = pytest.mark.parametrize("package", FRONTENDS.values(), ids=FRONTENDS)
+every_model = pytest.mark.parametrize("name", ["Transformer", "DecoderOnlyTransformer"])
+SOURCE = jnp.asarray([[3, 4, 5, 6], [7, 8, 0, 0], [9, 3, 10, 0]], jnp.int32)
+REAL = SOURCE != 0
+RULES = Constraints(no_repeat_ngram=1, min_length=2)
+
+
+def model_of(package, name, **fields):
+    config = CONFIG.replace(target_vocab_size=11, **fields)
+    weights = random_weights(config, 4, model_class=name)
+    return package.from_weights(config, weights, model_class=getattr(package, name))
+
+
+def key_of(package, key):
+    return {"rngs" if package.__name__ == "nnx_impl" else "key": key}
+
+
+@every_model
+@every_frontend
+def test_the_score_of_a_hypothesis_is_that_of_its_tokens(package, name):
+    model = model_of(package, name)
+    options = {"source_mask": REAL, "max_length": 6, "constraints": RULES}
+    found = package.beam_search(model, SOURCE, **options, beam_size=4, n_best=3)
+    for i in range(3):
+        each = np.asarray(package.score(model, SOURCE, found.tokens[:, i], source_mask=REAL))
+        length = np.where((found.tokens[:, i] == 2).any(-1), (found.tokens[:, i] == 2).argmax(-1) + 1, 6)
+        np.testing.assert_allclose(each.sum(-1) / ((5 + length) / 6) ** 0.6, found.scores[:, i], rtol=0, atol=1e-5)
+        assert (each[np.arange(6) >= length[:, None]] == 0).all()
+
+
+@every_model
+@every_frontend
+def test_a_ragged_batch_is_its_rows_one_by_one(package, name):
+    """By beams and drawn with a key for each row."""
+    model, keys = model_of(package, name), jax.random.split(jax.random.key(0), 3)
+    beams = {"max_length": 5, "beam_size": 3, "n_best": 2}
+    drawn = {"max_length": 5, "sampling": Sampling(top_p=0.9)}
+    found = package.beam_search(model, SOURCE, source_mask=REAL, **beams)
+    said = package.generate(model, SOURCE, source_mask=REAL, **drawn, **key_of(package, keys))
+    for i, length in enumerate(REAL.sum(-1).tolist()):
+        alone = SOURCE[i : i + 1, :length]
+        one = package.beam_search(model, alone, **beams)
+        np.testing.assert_array_equal(found.tokens[i], one.tokens[0])
+        np.testing.assert_allclose(found.scores[i], one.scores[0], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(
+            said[i], package.generate(model, alone, **drawn, **key_of(package, keys[i : i + 1]))[0]
+        )
+
+
+@every_model
+@every_frontend
+def test_all_that_only_take_the_likeliest_agree(package, name):
+    model, options = model_of(package, name), {"source_mask": REAL, "max_length": 6, "constraints": RULES}
+    greedy = package.generate(model, SOURCE, **options)
+    key = key_of(package, jax.random.key(5))
+    for sampling in (Sampling(temperature=0.0), Sampling(top_k=1)):
+        np.testing.assert_array_equal(package.generate(model, SOURCE, **options, sampling=sampling, **key), greedy)
+    np.testing.assert_array_equal(package.beam_search(model, SOURCE, **options, beam_size=1).tokens[:, 0], greedy)
+
+
+@every_frontend
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7])
+def test_a_prompt_read_in_chunks_is_the_prompt(package, chunk):
+    model, options = model_of(package, "DecoderOnlyTransformer"), {"source_mask": REAL, "max_length": 5}
+    whole = package.generate(model, SOURCE, **options)
+    np.testing.assert_array_equal(package.generate(model, SOURCE, **options, prefill_chunk=chunk), whole)
+    target = jnp.asarray([[4, 5, 6]] * 3, jnp.int32)
+    found = [package.score(model, SOURCE, target, source_mask=REAL, prefill_chunk=c) for c in (chunk, None)]
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
+
+
+@every_frontend
+def test_a_score_is_the_log_softmax_of_the_whole_forward_pass(package):
+    model = package.evaluation(model_of(package, "Transformer"))
+    target = jnp.asarray([[4, 5, 2], [6, 2, 0], [7, 8, 9]], jnp.int32)
+    inputs = jnp.concatenate([jnp.ones((3, 1), jnp.int32), target[:, :-1]], axis=1)
+    logits = np.float64(model(SOURCE, inputs, source_mask=REAL))
+    each = np.take_along_axis(logits, np.asarray(target)[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+    mask = np.array([[True] * 3, [True, True, False], [True] * 3])
+    np.testing.assert_allclose(package.score(model, SOURCE, target, source_mask=REAL), each * mask, rtol=0, atol=1e-5)
+    given = package.score(model, SOURCE, target, source_mask=REAL, target_mask=jnp.asarray(~mask))
+    np.testing.assert_allclose(given, each * ~mask, rtol=0, atol=1e-5)
+
+
+@every_frontend
+def test_what_cannot_be_decoded_is_named_with_the_rule(package, untyped):
+    pair, alone, key = model_of(package, "Transformer"), model_of(package, "DecoderOnlyTransformer"), jax.random.key(0)
+    for call, message in (
+        (lambda: package.generate(pair, SOURCE, max_length=2, prefix=True), "are for decoder-only models"),
+        (lambda: package.generate(pair, SOURCE, max_length=2, prefill_chunk=2), "are for decoder-only models"),
+        (
+            lambda: package.generate(alone, SOURCE, source_mask=REAL, max_length=2, prefix=True, prefill_chunk=2),
+            "see each other, so they are read at once; leave out prefill_chunk",
+        ),
+        (lambda: package.generate(alone, SOURCE, max_length=2, prefill_chunk=0), "prefill_chunk must be an integer of"),
+        (lambda: package.generate(pair, SOURCE, max_length=2, sampling=Sampling()), "go together"),
+        (lambda: package.generate(pair, SOURCE, max_length=2, **key_of(package, key)), "go together"),
+        (
+            lambda: package.generate(pair, SOURCE, max_length=2, sampling=Sampling(0.0, 0), **key_of(package, key)),
+            "top_k must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: package.generate(
+                pair, SOURCE, max_length=2, sampling=Sampling(), **key_of(package, jax.random.split(key, 2))
+            ),
+            r"one key or one for each row, \(3,\), got keys of shape \(2,\)",
+        ),
+        (lambda: package.beam_search(pair, SOURCE, max_length=2, beam_size=0), "beam_size must be at least 1, got 0"),
+        (lambda: package.beam_search(pair, SOURCE, max_length=-1), "max_length must be at least 0, got -1"),
+        (
+            lambda: package.beam_search(pair, SOURCE, max_length=2, constraints=Constraints(banned=(11,))),
+            r"banned must lie in the target vocabulary \[0, 11\), got 11",
+        ),
+        (lambda: package.score(pair, SOURCE, SOURCE + 9), r"target must lie in \[0, 11\)"),
+        (lambda: package.score(pair, SOURCE, SOURCE, target_mask=REAL[:1]), "target_mask must be bool and of target"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
