@@ -38,7 +38,7 @@ OtherFrontend = Annotated[
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Option(help="What to learn: copy, reverse or pronounce.")] = "pronounce",
+    task: Annotated[str, typer.Option(help="copy, reverse, pronounce, scan or scan-length.")] = "pronounce",
     frontend: Annotated[str, typer.Option(help="nnx or equinox.")] = "nnx",
     run: Annotated[
         Path | None, typer.Option(help="A new folder for the run.", show_default="runs/TASK-FRONTEND")

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from core.decoding import BOS, EOS, PAD
+from seq2seq import scan
 from seq2seq.errors import UserError
 
-TASKS = ("copy", "reverse", "pronounce")
+TASKS = ("copy", "reverse", "pronounce", "scan", "scan-length")
 _SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
 
 
@@ -84,6 +85,8 @@ def load_task(name: str) -> Task:
         return _pronounce()
     if name in ("copy", "reverse"):
         return _sequences(name)
+    if name in ("scan", "scan-length"):
+        return _scan(name)
     raise UserError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
 
 
@@ -98,6 +101,22 @@ def _sequences(name: str, *, symbols: int = 20, length: int = 10, number: int = 
     for example in examples:
         splits[_split(" ".join(map(str, example.source)))].append(example)
     return Task(name, vocabulary, vocabulary, splits, buckets=(length + 1,), letters=False)
+
+
+def _scan(name: str) -> Task:
+    """Commands to actions; the split is by chance, or trains on short outputs and tests on long ones."""
+    words = [(command.split(), actions.split()) for command, actions in scan.pairs()]
+    source = Vocabulary({word for command, _ in words for word in command})
+    target = Vocabulary({action for _, actions in words for action in actions})
+    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for command, actions in words:
+        split = _split(" ".join(command))
+        if name == "scan-length":
+            split = (
+                "test" if len(actions) > scan.LONGEST_TRAINED else "validation" if split == "validation" else "train"
+            )
+        splits[split].append(Example(source.encode(command), (target.encode(actions),)))
+    return Task(name, source, target, splits, buckets=(12, 24, 49), letters=False)
 
 
 def _pronounce() -> Task:

@@ -47,7 +47,7 @@ BAD = [
       for value in ((1,), (1, 2, 3), (1, -1), (1.0, 2), (True, 2))],
     *[({name: value}, f"{name} must be bool, got {value!r}")
       for name in ("attention_bias", "feed_forward_bias", "attention_sinks", "qk_norm", "parallel_residual",
-                   "scale_embeddings")
+                   "scale_embeddings", "remat")
       for value in (1, 0, None, "yes")],
     *[({name: value}, f"{name} must be one of .*, got {value!r}")
       for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.decoding import BOS, EOS, PAD
+from seq2seq import scan
 from seq2seq.batches import Pair, batch, batches, pairs, rows
 from seq2seq.errors import UserError
 from seq2seq.tasks import load_task
@@ -127,3 +128,28 @@ def test_empty_rows_fill_a_batch_up():
     assert made.labels.tolist() == [[6, EOS, PAD], [PAD] * 3]
     assert made.source_mask.tolist() == [[True, True, False], [False] * 3]
     assert made.target_mask.tolist() == [[True, True, False], [False] * 3]
+
+
+def test_scan_is_the_published_set():
+    """Its size, the sizes of the length split, and examples of the paper."""
+    known = dict(scan.pairs())
+    assert len(known) == 20_910
+    assert known["jump opposite left after walk around left"] == (
+        "I_TURN_LEFT I_WALK I_TURN_LEFT I_WALK I_TURN_LEFT I_WALK I_TURN_LEFT I_WALK I_TURN_LEFT I_TURN_LEFT I_JUMP"
+    )
+    assert known["turn left twice"] == "I_TURN_LEFT I_TURN_LEFT"
+    assert known["jump thrice and turn around right"] == "I_JUMP I_JUMP I_JUMP" + 4 * " I_TURN_RIGHT"
+    assert known["look after run twice"] == "I_RUN I_RUN I_LOOK"
+    assert max(len(actions.split()) for actions in known.values()) == 48
+
+
+def test_the_length_split_of_scan_trains_on_short_outputs_alone():
+    task = load_task("scan-length")
+    sizes = {name: {len(example.targets[0]) for example in task.split(name)} for name in task.splits}
+    assert len(task.split("train")) + len(task.split("validation")) == 16_990
+    assert len(task.split("test")) == 3_920
+    assert max(sizes["train"] | sizes["validation"]) == 22
+    assert min(sizes["test"]) == 24
+    by_chance = load_task("scan")
+    assert {name: len(split) for name, split in by_chance.splits.items()}["test"] == pytest.approx(2091, abs=150)
+    assert max(len(example.targets[0]) for example in by_chance.split("train")) == 48
