@@ -165,7 +165,7 @@ def _start(model, source, source_mask, prompt: Prompt, max_length: int):
     return model.start(source, source_mask=source_mask, max_length=max_length, bos_id=prompt.bos_id, **own)
 
 
-@nnx.jit(static_argnames=("prompt", "rules"))
+@nnx.jit(graph_updates=False, static_argnames=("prompt", "rules"))
 def _generate(model, source, source_mask, forced, sampling, keys, *, prompt: Prompt, rules: Rules):
     model = evaluation(model)
     tokens, cache = _start(model, source, source_mask, prompt, rules.max_length)
@@ -173,7 +173,7 @@ def _generate(model, source, source_mask, forced, sampling, keys, *, prompt: Pro
     return choose(model.decode_step, tokens, cache, forced=forced, **rules._asdict())
 
 
-@nnx.jit(static_argnames=("prompt", "rules", "beams"))
+@nnx.jit(graph_updates=False, static_argnames=("prompt", "rules", "beams"))
 def _search(model, source, source_mask, forced, *, prompt: Prompt, rules: Rules, beams: Beams):
     model = evaluation(model)
     tokens, cache = _start(model, source, source_mask, prompt, rules.max_length)
@@ -181,7 +181,7 @@ def _search(model, source, source_mask, forced, *, prompt: Prompt, rules: Rules,
     return search(model.decode_step, tokens, cache, forced=forced, select=select_beams, **options)
 
 
-@nnx.jit(static_argnames=("prompt",))
+@nnx.jit(graph_updates=False, static_argnames=("prompt",))
 def _score(model, source, source_mask, target, mask, *, prompt: Prompt):
     model = evaluation(model)
     first, cache = _start(model, source, source_mask, prompt, target.shape[-1])

@@ -67,7 +67,7 @@ train_step = nnx.jit(update, donate_argnames=("model", "optimizer"), static_argn
 """`train_step(model, optimizer, batch, rngs, ...)` is `update`: both are updated in place, buffers reused."""
 
 
-@nnx.jit
+@nnx.jit(graph_updates=False)
 def eval_step(model: Model, batch: Batch) -> Metrics:
     """The metrics of a batch with dropout off, the loss not smoothed."""
     return loss_fn(evaluation(model), batch)[1]

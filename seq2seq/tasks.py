@@ -134,7 +134,7 @@ def _pronounce() -> Task:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for word, spoken in sorted(entries.items()):
         splits[_split(word)].append(Example(letters.encode(word), tuple(map(phones.encode, spoken))))
-    return Task("pronounce", letters, phones, splits, buckets=(8, 12, 29), letters=True)
+    return Task("pronounce", letters, phones, splits, buckets=(6, 7, 8, 9, 10, 12, 15, 29), letters=True)
 
 
 def _cmudict_lines() -> Sequence[str]:

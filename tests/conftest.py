@@ -25,7 +25,7 @@ jaxtyping.install_import_hook(["core", "nnx_impl", "equinox_impl"], "tests.typec
 _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=20, **_SLOW_IS_FINE)
 settings.register_profile(
-    "ci", parent=settings.get_profile("ci"), max_examples=30, derandomize=True, database=None, **_SLOW_IS_FINE
+    "ci", parent=settings.get_profile("ci"), max_examples=20, derandomize=True, database=None, **_SLOW_IS_FINE
 )
 settings.register_profile("nightly", max_examples=1000, print_blob=True, **_SLOW_IS_FINE)
 settings.register_profile("mutation", max_examples=8, derandomize=True, database=None, **_SLOW_IS_FINE)

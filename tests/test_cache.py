@@ -285,7 +285,7 @@ def test_beams_take_over_what_others_have_seen_but_for_the_memory(batch):
     assert found.memory is cache.memory
     for row in np.ndindex(beams):
         other = (*row[:-1], int(parents[row]))
-        for got, wanted in zip(found.attention[0], attention, strict=True):
+        for got, wanted in zip(found.attention[0], cache.attention[0], strict=True):
             exactly(np.asarray(got[row]), np.asarray(wanted[other]))
         assert (int(found.length[row]), int(found.prefix[row])) == (int(length[other]), int(length[other]) + 1)
     assert select_beams(cache._replace(prefix=None), parents).prefix is None
