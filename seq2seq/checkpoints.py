@@ -4,7 +4,6 @@ A checkpoint is a folder `00001200` with `arrays/` (Orbax), `about.json` and `ma
 another name, forced to the disk, and renamed; what a crash leaves under other names is never read, and collected later.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,14 +15,10 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from seq2seq.errors import UserError
+from seq2seq import manifest
+from seq2seq.errors import CheckpointError
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or that is not what was written."""
 
 
 class Checkpoint(NamedTuple):
@@ -46,11 +41,9 @@ def save(folder: Path, step: int, arrays: Mapping[str, Mapping[str, Array]], abo
             checkpointer.save((written / "arrays").absolute(), {group: dict(named) for group, named in arrays.items()})
         text = json.dumps({"format": FORMAT, "step": step, **about}, indent=2) + "\n"
         (written / "about.json").write_text(text)
-        (written / _MANIFEST).write_text(json.dumps(_digests(written), indent=2) + "\n")
-        for path in [*written.rglob("*"), written]:
-            _sync(path)
+        manifest.seal(written)
         written.rename(final)
-        _sync(folder)
+        manifest.sync(folder)
     except OSError as error:
         shutil.rmtree(written, ignore_errors=True)
         raise CheckpointError(
@@ -67,7 +60,7 @@ def steps(folder: Path) -> list[int]:
 def load(folder: Path, step: int) -> Checkpoint:
     """CheckpointError, before anything is used, if a file is missing, extra, or differs from what was written."""
     found = folder / f"{step:08}"
-    verify(found)
+    manifest.verify(found)
     known = about(folder, step)
     if known.get("format") != FORMAT:
         raise CheckpointError(
@@ -89,20 +82,6 @@ def about(folder: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}; remove the folder to use another") from None
 
 
-def verify(found: Path) -> None:
-    """CheckpointError unless the folder holds exactly the files of its manifest, in every bit."""
-    try:
-        kept = json.loads((found / _MANIFEST).read_text())
-        digests = _digests(found)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{found} is no checkpoint, its {_MANIFEST} cannot be read: {error}") from None
-    if not isinstance(kept, dict) or kept != digests:
-        kept = kept if isinstance(kept, dict) else {}
-        name = min(name for name in kept.keys() | digests.keys() if kept.get(name) != digests.get(name))
-        what = "is missing" if name not in digests else "does not belong there" if name not in kept else "has changed"
-        raise CheckpointError(f"the checkpoint {found} is damaged: {name} {what}; remove the folder to use another")
-
-
 def remove(folder: Path, step: int) -> None:
     """Away with it, at once for every reader."""
     found = folder / f"{step:08}"
@@ -115,23 +94,3 @@ def collect(folder: Path) -> None:
     """Removes what crashed writers have left. Only for who is the one writer."""
     for path in folder.glob(".*"):
         shutil.rmtree(path)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.name != _MANIFEST or path.parent != folder)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files if not path.is_dir() or path.is_symlink()}
-
-
-def _sha256(path: Path) -> str:
-    if path.is_symlink() or not path.is_file():
-        return "not a file"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

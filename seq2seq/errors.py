@@ -1,5 +1,9 @@
-"""What a user can mend."""
+"""Errors that a user can mend."""
 
 
 class UserError(Exception):
-    """One sentence that says what is wrong and what to do; the command line prints it and exits with 2."""
+    """What is wrong and how to mend it; the command line prints it without a traceback."""
+
+
+class CheckpointError(UserError):
+    """Files that cannot be written, or that are not what was written."""
