@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seq2seq import checkpoints
+from seq2seq import checkpoints, manifest
 from seq2seq.errors import CheckpointError
 from tests.frontends import same_bits
 
