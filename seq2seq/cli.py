@@ -1,7 +1,9 @@
-"""The command line: `isoformer train | resume | evaluate | generate | attention | encodings | conform | compare`."""
+"""The command line: `isoformer prepare | train | resume | plot | evaluate | generate | attention | …`."""
 
+import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -37,8 +39,48 @@ OtherFrontend = Annotated[
 
 
 @app.command()
+def prepare(
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Parallel text: a tab-separated file or a glob of such, or two aligned files with a comma between, "
+            "as in train.en,train.de.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="A new folder for the data.", show_default=False)],
+    validation: Annotated[
+        str | None, typer.Option(help="Text of its own for validation.", show_default="2 % of --text, by hash")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Likewise for the test.", show_default="10 % of --text, by hash")
+    ] = None,
+    vocabulary: Annotated[int, typer.Option(help="Subwords of the joint vocabulary, at most.")] = 8000,
+    max_length: Annotated[int, typer.Option(help="Tokens of a side at most, the end counted.")] = 128,
+) -> None:
+    """Make parallel text ready for `train --task translate`: a tokenizer, and the text as its numbers."""
+    from seq2seq.corpus import prepare as make_ready
+
+    with console.status("reading, learning subwords, writing"):
+        about = make_ready(
+            output, text=text, validation=validation, test=test, vocabulary=vocabulary, max_length=max_length
+        )
+    table = Table(title=f"{output}: {about['vocabulary']} subwords")
+    for column in ("split", "pairs", "left out"):
+        table.add_column(column)
+    for split, number in about["pairs"].items():
+        faults = ", ".join(f"{n} {fault}" for fault, n in about["left_out"][split].items())
+        table.add_row(split, f"{number:,}", faults or "none")
+    console.print(table)
+    console.print(f"Next: isoformer train --task translate --data {output}")
+
+
+@app.command()
 def train(
-    task: Annotated[str, typer.Option(help="copy, reverse, pronounce, scan or scan-length.")] = "pronounce",
+    task: Annotated[str, typer.Option(help="copy, reverse, pronounce, scan, scan-length or translate.")] = "pronounce",
+    data: Annotated[
+        Path | None, typer.Option(help="For translate: what `isoformer prepare` made.", show_default=False)
+    ] = None,
     frontend: Annotated[str, typer.Option(help="nnx or equinox.")] = "nnx",
     run: Annotated[
         Path | None, typer.Option(help="A new folder for the run.", show_default="runs/TASK-FRONTEND")
@@ -81,9 +123,10 @@ def train(
     from seq2seq.tasks import load_task
     from seq2seq.training import train as run_training
 
-    package, loaded = load_frontend(frontend), load_task(task)
+    package, loaded = load_frontend(frontend), load_task(task, data=data)
     config = task_config(
         loaded,
+        tie_embeddings="all" if loaded.source is loaded.target and loaded.measure == "text" else "target",
         d_model=d_model,
         num_heads=num_heads,
         d_ff=d_ff,
@@ -113,7 +156,7 @@ def train(
         seed=seed,
     )
     folder = run or Path("runs") / f"{task}-{frontend}"
-    created = Run.create(folder, task=task, frontend=frontend, config=config, options=options)
+    created = Run.create(folder, task=task, frontend=frontend, config=config, options=options, data=data)
     _report(created, run_training(created, package, loaded, console=console))
 
 
@@ -122,11 +165,10 @@ def resume(run: RunFolder, frontend: OtherFrontend = None) -> None:
     """Go on with a run that was interrupted, in either frontend, to the same bits as without the interruption."""
     from seq2seq.frontends import frontend as load_frontend
     from seq2seq.runs import Run
-    from seq2seq.tasks import load_task
     from seq2seq.training import train as run_training
 
     opened = Run.open(run)
-    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
+    package, task = load_frontend(frontend or opened.frontend), opened.load_task()
     _report(opened, run_training(opened, package, task, console=console))
 
 
@@ -141,69 +183,178 @@ def _report(run: "Run", outcome: "Outcome") -> None:
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `isoformer train` made.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="The picture, PNG, SVG or PDF.", show_default="curves.png in the first folder")
+    ] = None,
+) -> None:
+    """Draw the loss and the accuracy of runs, step by step; also while they train."""
+    from seq2seq.metrics import curves
+    from seq2seq.plots import plot_training
+    from seq2seq.runs import Run
+
+    found = {str(run): curves(Run.open(run).folder) for run in runs}
+    if empty := [name for name, curve in found.items() if not curve]:
+        raise UserError(f"{empty[0]} has logged nothing yet; let it train for a while")
+    path = output or runs[0] / "curves.png"
+    try:
+        plot_training(path, found)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be drawn: {error}; give another --output") from None
+    console.print(f"{path} shows {', '.join(found)}")
+
+
+Beams = Annotated[int, typer.Option(min=1, help="Hypotheses that are followed; 1 is greedy decoding.")]
+LengthPenalty = Annotated[float, typer.Option(help="Of beams: scores are log P over ((5 + length) / 6) to this power.")]
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     frontend: OtherFrontend = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    beams: Annotated[int, typer.Option(min=1, help="Hypotheses that are followed; 1 is greedy decoding.")] = 1,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 0.6,
+    predictions: Annotated[
+        Path | None, typer.Option(help="A new file for the outputs, a line each.", show_default="not kept")
+    ] = None,
 ) -> None:
     """Score a run's best weights on held-out examples."""
+    import math
+
     import optax
 
-    from seq2seq.evaluation import sequence_scores, token_scores
+    from seq2seq.decoding import DecodingOptions
+    from seq2seq.evaluation import sequence_scores, text_scores, token_scores
     from seq2seq.frontends import frontend as load_frontend
     from seq2seq.runs import Run
-    from seq2seq.tasks import load_task
 
+    if predictions is not None and predictions.exists():
+        raise UserError(f"{predictions} is already there; give another --predictions or remove it")
     opened = Run.open(run)
     name = frontend or opened.frontend
-    package, task = load_frontend(name), load_task(opened.task)
+    package, task = load_frontend(name), opened.load_task()
     model = opened.load_model(package, task)
     examples, tokens = task.split(split), opened.options.tokens
+    options = DecodingOptions(beams=beams, length_penalty=length_penalty)
     trainer = package.Trainer(model, optax.identity())
     with console.status(f"evaluating {len(examples)} examples in {name}"):
-        by_token = token_scores(trainer, task, examples, tokens=tokens)
-        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens, beams=beams)
+        by_token = token_scores(trainer, task, task.pairs(split), tokens=tokens)
+        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens, options=options)
+    how = "greedily" if beams == 1 else f"by {beams} beams"
     table = Table(title=f"{opened.task}, {split} split, {len(examples)} examples, in {name}", show_header=False)
     table.add_row("loss, nats a token", f"{by_token.loss:.4f}")
+    table.add_row("perplexity of a token", f"{math.exp(min(by_token.loss, 700)):.3f}")
     table.add_row("token accuracy, teacher-forced", f"{by_token.accuracy:.2%}")
-    table.add_row("sequence accuracy, generated", f"{by_sequence.sequence_accuracy:.2%}")
-    if opened.task == "pronounce":
+    table.add_row(f"sequence accuracy, generated {how}", f"{by_sequence.sequence_accuracy:.2%}")
+    if task.measure == "phones":
         table.add_row("word error rate (WER)", f"{by_sequence.word_error_rate:.2%}")
         table.add_row("phone error rate (PER)", f"{by_sequence.symbol_error_rate:.2%}")
+    if task.measure == "text":
+        for metric, found in text_scores(task, examples, by_sequence.predictions).items():
+            table.add_row(metric, f"{found.score:.2f}  {found.signature}")
     console.print(table)
+    if predictions is not None:
+        predictions.write_text("".join(f"{task.target.decode(said)}\n" for said in by_sequence.predictions))
 
 
 @app.command()
 def generate(
     run: RunFolder,
-    words: Annotated[
+    texts: Annotated[
         list[str] | None,
-        typer.Argument(help="What to transform; quote a sequence with blanks.", show_default="lines of standard input"),
+        typer.Argument(
+            help="What to transform; quote a sequence with blanks.", show_default="--file, or lines of standard input"
+        ),
     ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file of it, a line each.", show_default=False)] = None,
     frontend: OtherFrontend = None,
-    beams: Annotated[int, typer.Option(min=1, help="Hypotheses that are followed; 1 is greedy decoding.")] = 1,
-    n_best: Annotated[int, typer.Option(min=1, help="Of the hypotheses so many are shown, with scores.")] = 1,
+    beams: Beams = 1,
+    n_best: Annotated[int, typer.Option(min=1, help="So many outputs are shown, with their scores.")] = 1,
+    length_penalty: LengthPenalty = 0.6,
+    temperature: Annotated[
+        float | None, typer.Option(help="Outputs are drawn; below 1 likely ones more often.", show_default="not drawn")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Drawn from the k likeliest symbols.", show_default="all")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Drawn from the likeliest symbols with that much mass.", show_default="all")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drawn from symbols at least that likely beside the likeliest.", show_default="all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    prefix: Annotated[str, typer.Option(help="With which every output begins.")] = "",
+    min_length: Annotated[int, typer.Option(help="Symbols before an output may end.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: symbols that came are less likely.")] = 1.0,
+    no_repeat_ngram: Annotated[int, typer.Option(help="No so many symbols come twice in the same order.")] = 0,
+    attention: Annotated[
+        Path | None, typer.Option(help="A folder for pictures of where each output looked.", show_default="none drawn")
+    ] = None,
 ) -> None:
-    """Show what a run's best weights make of words that you type, or pipe in line by line."""
-    from seq2seq.evaluation import hypotheses
-    from seq2seq.frontends import frontend as load_frontend
-    from seq2seq.runs import Run
-    from seq2seq.tasks import load_task
+    """Show what a run's best weights make of texts: given here, in a file, or line by line on standard input.
 
+    Of a file and of standard input only the outputs are printed, as many lines as came in.
+    """
+    from core.constraints import Constraints
+    from core.sampling import Sampling, check_sampling
+    from seq2seq.decoding import DecodingOptions, Hypothesis, hypotheses
+    from seq2seq.frontends import frontend as load_frontend
+    from seq2seq.pictures import draw_cross_attention
+    from seq2seq.runs import Run
+
+    drawn = any(rule is not None for rule in (temperature, top_k, top_p, min_p))
+    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p, min_p) if drawn else None
+    try:
+        rules = Constraints(
+            repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram, min_length=min_length
+        )
+        if sampling is not None:
+            check_sampling(sampling)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    options = DecodingOptions(
+        beams=beams, n_best=n_best, length_penalty=length_penalty, sampling=sampling, seed=seed, constraints=rules,
+        prefix=prefix,
+    )  # fmt: skip
     opened = Run.open(run)
-    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
-    if n_best > beams:
-        raise UserError(f"--n-best must be at most --beams {beams}, got {n_best}")
+    package, task = load_frontend(frontend or opened.frontend), opened.load_task()
     model = opened.load_model(package, task)
-    lines = iter(words or (line.strip() for line in sys.stdin if line.strip()))
-    while group := list(itertools.islice(lines, len(words) if words else 1)):
-        sources = [task.parse(word) for word in group]
-        options = {"tokens": opened.options.tokens if words else 1, "beams": beams, "n_best": n_best}
-        for word, found in zip(group, hypotheses(package, model, task, sources, **options), strict=True):
-            for symbols, score in found:
-                output = f"{word}  →  {' '.join(task.target.decode(symbols))}"
-                console.print(output if n_best == 1 else f"{output}  {score:.3f}", highlight=False, markup=False)
+    folder = None if attention is None else make_folder(attention)
+    number = itertools.count(1)
+    with _lines(texts, file) as lines:
+        while group := list(itertools.islice(lines, len(texts) if texts else 1 if file is None else 64)):
+            asked = [text for text in group if text]
+            sources = [task.parse(text) for text in asked]
+            tokens = 1 if texts is None and file is None else opened.options.tokens
+            found = hypotheses(package, model, task, sources, tokens=tokens, options=options)
+            answers = dict(zip(asked, zip(sources, found, strict=True), strict=True))
+            for text in group:
+                source, best = answers.get(text, ((), [Hypothesis((), None)]))  # an empty line stays one
+                for symbols, score in best:
+                    said = task.target.decode(symbols)
+                    shown = f"{text}  →  {said}" if texts else said
+                    if n_best > 1 and score is not None:
+                        shown += f"  {score:.3f}"
+                    console.print(shown, highlight=False, markup=False, soft_wrap=True)
+                if folder is not None and text:
+                    path = folder / f"{next(number):04}.png"
+                    draw_cross_attention(path, package, model, task, source, best[0].symbols, title=text)
+    if folder is not None:
+        console.print(f"the pictures are in {folder}")
+
+
+@contextlib.contextmanager
+def _lines(texts: list[str] | None, file: Path | None) -> Iterator[Iterator[str]]:
+    """The texts, or the lines of the file or of standard input, one at a time."""
+    if texts and file is not None:
+        raise UserError("texts are given as arguments or by --file, not both")
+    try:
+        with contextlib.nullcontext(texts or sys.stdin) if file is None else file.open(encoding="utf-8") as source:
+            yield (line.strip() for line in source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file or 'standard input'} cannot be read: {error}") from None
 
 
 @app.command()
@@ -214,15 +365,14 @@ def attention(
     frontend: OtherFrontend = None,
 ) -> None:
     """Draw where a run's best weights look, by layer and head, while they transform a word."""
-    from seq2seq.evaluation import predict
+    from seq2seq.decoding import predict
     from seq2seq.frontends import frontend as load_frontend
     from seq2seq.pictures import attention_maps
     from seq2seq.plots import plot_attention
     from seq2seq.runs import Run
-    from seq2seq.tasks import load_task
 
     opened = Run.open(run)
-    package, task = load_frontend(frontend or opened.frontend), load_task(opened.task)
+    package, task = load_frontend(frontend or opened.frontend), opened.load_task()
     model, source = opened.load_model(package, task), task.parse(word)
     (target,) = predict(package, model, task, [source], tokens=opened.options.tokens)
     maps, symbols, letters = attention_maps(package, model, task, source, target)
@@ -234,7 +384,7 @@ def attention(
     ):
         side = "encoder" if file == "encoder.png" else "decoder"
         shown = {n: m for n, m in maps.items() if n.startswith(side) and n.rpartition(".")[2] == suffix}
-        plot_attention(folder / file, shown, queries, keys, title=f"{word}: {' '.join(task.target.decode(target))}")
+        plot_attention(folder / file, shown, queries, keys, title=f"{word}: {task.target.decode(target)}")
     console.print(f"encoder.png, decoder.png and cross.png are in {folder}")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,19 @@ from rich.console import Console
 
 from core.config import TransformerConfig
 from seq2seq.agreement import bit_difference, step_difference, text_identity
-from seq2seq.batches import batch, endless_batches, pairs
+from seq2seq.batches import batch
+from seq2seq.decoding import predict
 from seq2seq.errors import UserError
-from seq2seq.evaluation import predict, sequence_scores, token_scores
+from seq2seq.evaluation import sequence_scores, token_scores
+from seq2seq.examples import Example, Pairs
 from seq2seq.frontends import FRONTENDS, frontend
 from seq2seq.measure import lines_of_code, measure_alone, timed
 from seq2seq.optimizer import make_optimizer
 from seq2seq.options import TrainingOptions
 from seq2seq.pictures import attention_maps
 from seq2seq.report import Report
-from seq2seq.tasks import Example, load_task
+from seq2seq.stream import endless_batches
+from seq2seq.tasks import load_task
 from seq2seq.training import progress_bar
 
 _CHECK_EVERY = 100  # steps between comparisons of all weights and optimizer state
@@ -64,7 +67,9 @@ class Comparison:
     report: Report
 
     def __init__(self, *, seed: int, console: Console):
-        self.console, self.task = console, load_task("pronounce")
+        self.console = console
+        # few lengths: each is compiled twice, and the minutes are better spent on training
+        self.task = dataclasses.replace(load_task("pronounce"), buckets=(8, 12, 29))
         self.packages = {name: frontend(name) for name in FRONTENDS}
         self.options = TrainingOptions(seed=seed)
         self.config = TransformerConfig(
@@ -114,7 +119,7 @@ class Comparison:
     def compare_programs(self) -> None:
         """Do the two lower to the same StableHLO, and are their train steps the same dataflow?"""
         self.console.print("comparing programs …")
-        data = batch(pairs(self.task.split("validation"))[:4], self.task.buckets[-1], 4)
+        data = batch(self.task.pairs("validation")[:4], self.task.buckets[-1], 4)
         weights = self.weights()["nnx"]
         for program, hashes in text_identity(self.config, weights, data).items():
             if len(set(hashes.values())) > 1:
@@ -148,7 +153,7 @@ class Comparison:
         seconds: dict[str, dict[int, list[float]]] = {name: {} for name in FRONTENDS}
         budget, spent, milestones, step = 60 * minutes, 0.0, [0.25, 0.5, 0.75, 1.0], 0
         self.record_error_rate(0, curve_words)
-        train, options = pairs(self.task.split("train")), self.options
+        train, options = self.task.pairs("train"), self.options
         data = endless_batches(train, self.task.buckets, tokens=options.tokens, seed=options.seed)
         with progress_bar(self.console) as progress:
             bar = progress.add_task("both frontends", total=budget, numbers="compiling", unit="s")
@@ -198,15 +203,15 @@ class Comparison:
         if scores["nnx"].predictions != scores["equinox"].predictions:
             raise DisagreementError("the same weights pronounce a held-out word differently")
         self.report.both(f"pronunciations of {len(words)} held-out words", "equal")
-        by_token = {n: token_scores(self.trainers[n], self.task, words, tokens=tokens) for n in FRONTENDS}
+        by_token = {n: token_scores(self.trainers[n], self.task, Pairs(words), tokens=tokens) for n in FRONTENDS}
         self.report.each("their token accuracy, teacher-forced", {n: s.accuracy for n, s in by_token.items()}, "{:.1%}")
         self.report.each("their phone error rate", {n: s.symbol_error_rate for n, s in scores.items()}, "{:.1%}")
         self.report.each("their word error rate", {n: s.word_error_rate for n, s in scores.items()}, "{:.1%}")
         self.report.each("greedy decoding, median", self.decoding_speed(words), "{:,.0f} tokens/s")
         for example, phones in list(zip(words, scores["nnx"].predictions, strict=True))[:_SHOWN_WORDS]:
-            meant = " or ".join(" ".join(self.task.target.decode(target)) for target in example.targets)
-            word = "".join(self.task.source.decode(example.source))
-            self.report.samples.append((word, " ".join(self.task.target.decode(phones)), meant))
+            meant = " or ".join(map(self.task.target.decode, example.targets))
+            word = self.task.source.decode(example.source)
+            self.report.samples.append((word, self.task.target.decode(phones), meant))
         self.draw_attention(words[0])
 
     def decoding_speed(self, words: list[Example]) -> dict[str, float]:
@@ -258,6 +263,6 @@ class Comparison:
             raise DisagreementError(f"{what} differ, {difference} (here: nnx, there: equinox)")
 
 
-def _sample(examples: list[Example], number: int) -> list[Example]:
+def _sample(examples: Sequence[Example], number: int) -> list[Example]:
     """The same ones each time, in no alphabetical order."""
     return [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:number]]

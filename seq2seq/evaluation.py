@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import sacrebleu
 from rapidfuzz.distance import Levenshtein
 
-from seq2seq.batches import Pair, batch, batches, pairs, rows
-from seq2seq.tasks import Example, Task
+from seq2seq.batches import batches
+from seq2seq.decoding import GREEDY, DecodingOptions, hypotheses
+from seq2seq.examples import Example, Pair
+from seq2seq.tasks import Task
 
 
 class TokenScores(NamedTuple):
@@ -30,12 +33,19 @@ class SequenceScores(NamedTuple):
         return 1 - self.sequence_accuracy
 
 
-def token_scores(trainer: Any, task: Task, examples: Sequence[Example], *, tokens: int) -> TokenScores:
+class TextScore(NamedTuple):
+    """A score of whole texts and the signature that says how it was computed (Post 2018)."""
+
+    score: float
+    signature: str
+
+
+def token_scores(trainer: Any, task: Task, pairs: Sequence[Pair], *, tokens: int) -> TokenScores:
     """Loss and accuracy when every previous token is given; `trainer.evaluate` is called on each batch."""
     scores = np.array(
         [
             [float(m.loss), float(m.accuracy), float(m.tokens)]
-            for m in map(trainer.evaluate, batches(pairs(examples), task.buckets, tokens=tokens))
+            for m in map(trainer.evaluate, batches(pairs, task.buckets, tokens=tokens))
         ]
     )
     loss, accuracy = scores[:, 2] @ scores[:, :2] / scores[:, 2].sum()
@@ -43,11 +53,17 @@ def token_scores(trainer: Any, task: Task, examples: Sequence[Example], *, token
 
 
 def sequence_scores(
-    frontend: Any, model: Any, task: Task, examples: Sequence[Example], *, tokens: int, beams: int = 1
+    frontend: Any,
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    tokens: int,
+    options: DecodingOptions = GREEDY,
 ) -> SequenceScores:
-    """What decoding makes of the sources: greedily, or the best hypothesis of so many beams."""
+    """What decoding makes of the sources: its best hypothesis of each."""
     sources = [example.source for example in examples]
-    found = hypotheses(frontend, model, task, sources, tokens=tokens, beams=beams)
+    found = hypotheses(frontend, model, task, sources, tokens=tokens, options=options)
     predictions = [best[0].symbols for best in found]
     right = [prediction in example.targets for prediction, example in zip(predictions, examples, strict=True)]
     nearest = [
@@ -58,51 +74,14 @@ def sequence_scores(
     return SequenceScores(float(np.mean(right)), float(errors / length), predictions)
 
 
-class Hypothesis(NamedTuple):
-    """One output and its score, log P over the penalty of its length; greedy decoding computes none."""
-
-    symbols: tuple[int, ...]
-    score: float | None
-
-
-def predict(
-    frontend: Any, model: Any, task: Task, sources: Sequence[tuple[int, ...]], *, tokens: int
-) -> list[tuple[int, ...]]:
-    """The likeliest symbols one by one, of each source in their order, cut at the end symbol."""
-    return [found[0].symbols for found in hypotheses(frontend, model, task, sources, tokens=tokens)]
-
-
-def hypotheses(
-    frontend: Any,
-    model: Any,
-    task: Task,
-    sources: Sequence[tuple[int, ...]],
-    *,
-    tokens: int,
-    beams: int = 1,
-    n_best: int = 1,
-) -> list[list[Hypothesis]]:
-    """The n best outputs for each source, in their order; one beam is greedy decoding."""
-    longest, found = task.buckets[-1], {}
-    by_length: dict[int, list[int]] = {}
-    for i, source in enumerate(sources):
-        by_length.setdefault(next(b for b in task.buckets if len(source) <= b), []).append(i)
-    for length, members in by_length.items():
-        number = rows(length, tokens)
-        for start in range(0, len(members), number):
-            chunk = members[start : start + number]
-            made = batch([Pair(sources[i], ()) for i in chunk], length, number)
-            options = {"source_mask": made.source_mask, "max_length": longest}
-            if beams == 1:
-                outputs = np.asarray(frontend.generate(model, made.source, **options))[:, None]
-                scores = np.full(outputs.shape[:2], None)
-            else:
-                best = frontend.beam_search(model, made.source, **options, beam_size=beams, n_best=n_best)
-                outputs, scores = np.asarray(best.tokens), np.asarray(best.scores).astype(object)
-            for i, output, score in zip(chunk, outputs, scores, strict=False):
-                found[i] = [
-                    Hypothesis(task.target.cut(row), s)
-                    for row, s in zip(output, score, strict=True)
-                    if s is None or s > -np.inf
-                ]
-    return [found[i] for i in range(len(sources))]
+def text_scores(
+    task: Task, examples: Sequence[Example], predictions: Sequence[tuple[int, ...]]
+) -> dict[str, TextScore]:
+    """BLEU and chrF by sacrebleu, of the texts that the numbers stand for."""
+    outputs = [task.target.decode(prediction) for prediction in predictions]
+    references = [[task.target.decode(example.targets[0]) for example in examples]]
+    found = {}
+    for name, metric in (("BLEU", sacrebleu.BLEU()), ("chrF", sacrebleu.CHRF())):
+        score = metric.corpus_score(outputs, references).score
+        found[name] = TextScore(score, str(metric.get_signature()))
+    return found

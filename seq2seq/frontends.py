@@ -19,3 +19,8 @@ def frontend(name: str) -> Any:
         if error.name not in (_FRAMEWORKS[name], "optax"):
             raise
         raise UserError(f"the {name} frontend needs {error.name}; run: pip install 'isoformer[{name}]'") from None
+
+
+def randomness(package: Any) -> str:
+    """The keyword by which a frontend takes a key at a call."""
+    return {"nnx_impl": "rngs", "equinox_impl": "key"}[package.__name__]

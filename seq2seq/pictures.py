@@ -1,6 +1,7 @@
 """What there is to look at: a model's attention by layer and head, and what encodings of positions look like."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -13,7 +14,9 @@ from core.masks import Grid
 from core.positions import sinusoidal_table
 from core.relative import T5, ALiBi, Relative, Shaw, TransformerXL
 from core.rotary import rotary, rotary_settings
-from seq2seq.batches import Pair, batch
+from seq2seq.batches import batch
+from seq2seq.examples import Pair
+from seq2seq.plots import plot_attention
 from seq2seq.runs import Run
 from seq2seq.tasks import Task
 
@@ -27,13 +30,29 @@ def attention_maps(
     made = batch([Pair(source, target)], max(len(target) + 1, len(source)), 1)
     masks = {"source_mask": made.source_mask, "target_mask": made.target_mask}
     _, weights = frontend.evaluation(model).run(made.source, made.inputs, **masks, return_weights=True)
-    letters, symbols = task.source.decode(source), [*task.target.decode(target), "end"]
+    letters, symbols = task.source.pieces(source), [*task.target.pieces(target), "end"]
     maps = {}
     for name, value in weights.items():
         queries = len(letters) if name.startswith("encoder") else len(symbols)
         keys = len(symbols) if name.startswith("decoder") and not name.endswith("cross_attention") else len(letters)
         maps[name] = np.asarray(value)[0, :, :queries, :keys]
     return maps, symbols, letters
+
+
+def draw_cross_attention(
+    path: Path,
+    frontend: Any,
+    model: Any,
+    task: Task,
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    *,
+    title: str,
+) -> None:
+    """Where the decoder looked in the source, by layer and head, for each symbol of the target."""
+    maps, symbols, letters = attention_maps(frontend, model, task, source, target)
+    shown = {name: weights for name, weights in maps.items() if name.endswith("cross_attention")}
+    plot_attention(path, shown, symbols, letters, title=f"{title}: {task.target.decode(target)}")
 
 
 def absolute_encodings(

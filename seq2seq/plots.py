@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seq2seq.metrics import Curve
+
 
 def plot_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str) -> None:
     """One line a name, of its (steps, values); later ones are dashed, so that equal lines both show."""
@@ -17,6 +19,21 @@ def plot_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
     axes.set(xlabel="step", ylabel=ylabel)
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def plot_training(path: Path, runs: Mapping[str, Mapping[str, Curve]]) -> None:
+    """Loss and token accuracy of each run: thin in training, with points in validation."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for i, (name, curves) in enumerate(runs.items()):
+            for metric, style in ((what, {"alpha": 0.5, "linewidth": 1}), (f"validation_{what}", {"marker": "o"})):
+                if metric in curves:
+                    label = f"{name}, {'validation' if metric != what else 'training'}"
+                    axes.plot(*curves[metric], label=label, color=f"C{i}", markersize=4, **style)
+        axes.set(xlabel="step", ylabel="loss (nats a token)" if what == "loss" else "token accuracy")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 

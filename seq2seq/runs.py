@@ -14,44 +14,62 @@ from typing import Any
 from jaxtyping import Array
 
 from core.config import TransformerConfig
-from seq2seq import checkpoints
+from seq2seq import checkpoints, manifest
+from seq2seq.corpus import Prepared
 from seq2seq.errors import UserError
+from seq2seq.metrics import Metrics
 from seq2seq.options import TrainingOptions
-from seq2seq.tasks import Task
+from seq2seq.tasks import Task, load_task
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder with `run.json`, `metrics.jsonl` and `checkpoints/`."""
+    """A folder with `run.json`, `metrics.jsonl`, `checkpoints/`, and `data/` with the tokenizer of prepared data."""
 
     folder: Path
     task: str
     frontend: str
     config: TransformerConfig
     options: TrainingOptions
+    data: Path | None = None  # what `isoformer prepare` made, if the task needs it
 
     @classmethod
     def create(
-        cls, folder: Path, *, task: str, frontend: str, config: TransformerConfig, options: TrainingOptions
+        cls,
+        folder: Path,
+        *,
+        task: str,
+        frontend: str,
+        config: TransformerConfig,
+        options: TrainingOptions,
+        data: Path | None = None,
     ) -> "Run":
         """UserError if the folder holds anything: a run never writes over another."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is already there and not empty; give another --run or remove it")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            manifest.make_folder(folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}; give another --run") from None
-        run = cls(folder, task, frontend, config, options)
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
+        run = cls(folder, task, frontend, config, options, None if data is None else data.absolute())
+        if data is not None:
+            Prepared(data).keep(run.kept)
+        versions = {name: importlib.metadata.version(name) for name in ("grain", "jax", "jaxlib", "numpy", "optax")}
         about = {
             "command": shlex.join(["isoformer", *sys.argv[1:]]),
             "task": task,
+            "data": None if run.data is None else str(run.data),
             "frontend": frontend,
             "config": json.loads(config.to_json()),
             "options": dataclasses.asdict(options),
             "versions": versions,
         }
-        (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        try:
+            (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+            for path in [*folder.rglob("*"), folder]:  # without it no checkpoint can be used
+                manifest.sync(path)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}; give another --run") from None
         return run
 
     @classmethod
@@ -61,32 +79,41 @@ class Run:
         try:
             about = json.loads(path.read_text())
             config = TransformerConfig.from_json(json.dumps(about["config"]))
-            return cls(folder, about["task"], about["frontend"], config, _options(about["options"]))
+            data = None if about.get("data") is None else Path(about["data"])
+            return cls(folder, about["task"], about["frontend"], config, _options(about["options"]), data)
         except OSError:
             raise UserError(f"{folder} is no run folder, it has no run.json; `isoformer train` makes one") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be used: {error}; train the run again") from None
 
+    @property
+    def kept(self) -> Path:
+        """What the run keeps of prepared data, to read and write text without it."""
+        return self.folder / "data"
+
+    def load_task(self) -> Task:
+        """The task that the run learns, as it was."""
+        return load_task(self.task, data=self.data, kept=None if self.data is None else self.kept)
+
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """This process alone writes to the folder. UserError if another one does."""
-        with (self.folder / ".lock").open("w") as file:
+    def training(self) -> Iterator[Metrics]:
+        """This process alone writes to the folder, its metrics too. UserError if another one does."""
+        with contextlib.ExitStack() as stack:
             try:
+                file = stack.enter_context((self.folder / ".lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"{self.folder} is being trained by another process; wait for it, or stop it") from None
+            except OSError as error:
+                raise UserError(f"{self.folder} cannot be written: {error.strerror}; make it writable") from None
             checkpoints.collect(self.checkpoint_folder)
-            yield
+            with Metrics(self.folder) as metrics:
+                yield metrics
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where the checkpoints are."""
         return self.folder / "checkpoints"
-
-    def log(self, **metrics: Any) -> None:
-        """Adds one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
 
     def save(self, step: int, arrays: Mapping[str, Mapping[str, Array]], about: Mapping[str, Any]) -> None:
         """Keeps the state after a step; of the older ones those with the lowest losses stay."""
@@ -98,17 +125,24 @@ class Run:
 
     def latest(self) -> checkpoints.Checkpoint | None:
         """The state after the last step that was saved; None before the first."""
-        found = checkpoints.steps(self.checkpoint_folder)
-        return checkpoints.load(self.checkpoint_folder, found[-1]) if found else None
+        choose = lambda: max(checkpoints.steps(self.checkpoint_folder), default=None)
+        return checkpoints.load_chosen(self.checkpoint_folder, choose)
+
+    def best(self) -> checkpoints.Checkpoint:
+        """The state of the lowest validation loss. UserError if there is none, or a file of it has changed."""
+
+        def choose() -> int | None:
+            found = losses(self.checkpoint_folder)
+            return min(found, key=found.__getitem__, default=None)
+
+        found = checkpoints.load_chosen(self.checkpoint_folder, choose)
+        if found is None:
+            raise UserError(f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation")
+        return found
 
     def best_weights(self) -> dict[str, Array]:
-        """The weights of the lowest validation loss. UserError if there are none, or a file of them has changed."""
-        found = losses(self.checkpoint_folder)
-        if not found:
-            raise UserError(
-                f"{self.folder} has no checkpoint yet; let `isoformer train` reach its first validation"
-            ) from None
-        arrays = checkpoints.load(self.checkpoint_folder, min(found, key=found.__getitem__)).arrays
+        """Those of the best state, averaged if the run averages. The same errors."""
+        arrays = self.best().arrays
         return averaged(arrays["optimizer"]) if self.options.average else arrays["weights"]
 
     def load_model(self, frontend: Any, task: Task) -> Any:
@@ -132,7 +166,7 @@ def _options(fields: dict[str, Any]) -> TrainingOptions:
 
 def losses(folder: Path) -> dict[int, float]:
     """The validation loss of each checkpoint that has one, by its step."""
-    about = {step: checkpoints.about(folder, step) for step in checkpoints.steps(folder)}
+    about = checkpoints.about_all(folder)
     return {step: a["validation_loss"] for step, a in about.items() if a.get("validation_loss") is not None}
 
 

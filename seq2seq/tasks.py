@@ -1,55 +1,23 @@
-"""What there is to learn: pairs of symbol sequences, split once and for all by hash."""
+"""What there is to learn: pairs of sequences, split once and for all by hash."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from core.decoding import BOS, EOS, PAD
 from seq2seq import scan
+from seq2seq.corpus import Corpus, Prepared, lengths
 from seq2seq.errors import UserError
+from seq2seq.examples import Example, Pairs
+from seq2seq.splits import SPLITS, split_by_hash
+from seq2seq.vocabulary import SPECIAL, Symbols, Vocabulary
 
-TASKS = ("copy", "reverse", "pronounce", "scan", "scan-length")
-_SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
-
-
-class Vocabulary:
-    """Symbols by number; the first three are padding, beginning and end."""
-
-    def __init__(self, symbols: Iterable[str]):
-        self.symbols = [*_SPECIAL, *sorted(symbols)]
-        self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-
-    def __len__(self) -> int:
-        return len(self.symbols)
-
-    def encode(self, symbols: Iterable[str]) -> tuple[int, ...]:
-        """UserError for a symbol that is not there."""
-        try:
-            return tuple(self._ids[symbol] for symbol in symbols)
-        except KeyError as error:
-            known = " ".join(self.symbols[len(_SPECIAL) :])
-            raise UserError(f"the task has no symbol {error.args[0]!r}; it knows: {known}") from None
-
-    def cut(self, ids: Iterable[int]) -> tuple[int, ...]:
-        """The numbers before the first end symbol."""
-        return tuple(itertools.takewhile(lambda i: i != EOS, map(int, ids)))
-
-    def decode(self, ids: Iterable[int]) -> list[str]:
-        """The symbols before the end; `<?>` for a number that stands for none."""
-        return [self.symbols[i] if 0 <= i < len(self) else "<?>" for i in self.cut(ids)]
-
-
-class Example(NamedTuple):
-    """A source and every target that counts as right, without special symbols."""
-
-    source: tuple[int, ...]
-    targets: tuple[tuple[int, ...], ...]
+TASKS = ("copy", "reverse", "pronounce", "scan", "scan-length", "translate")
+Measure = Literal["sequences", "phones", "text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +27,24 @@ class Task:
     name: str
     source: Vocabulary
     target: Vocabulary
-    splits: dict[str, list[Example]]
+    splits: Mapping[str, Sequence[Example]]
     buckets: tuple[int, ...]  # lengths to which batches are padded; the last one holds everything
-    letters: bool  # words are typed letter by letter, not symbol by symbol with blanks between
+    measure: Measure = "sequences"  # how what a model says is scored, beside whether it is right
 
-    def split(self, name: str) -> list[Example]:
+    def split(self, name: str) -> Sequence[Example]:
         """The examples of train, validation or test."""
-        if name not in self.splits:
-            raise UserError(f"unknown split {name!r}; choose one of {', '.join(self.splits)}")
+        if name not in SPLITS:
+            raise UserError(f"unknown split {name!r}; choose one of {', '.join(SPLITS)}")
         return self.splits[name]
+
+    def pairs(self, name: str) -> Pairs:
+        """Every source of a split with every target that counts as right."""
+        examples = self.split(name)
+        return Pairs(examples, one_target=isinstance(examples, Corpus))
 
     def parse(self, text: str) -> tuple[int, ...]:
         """What a user typed, as numbers."""
-        source = self.source.encode(text.lower() if self.letters else text.split())
+        source = self.source.encode(text)
         if not 1 <= len(source) <= self.buckets[-1] - 1:
             raise UserError(
                 f"{text!r} has {len(source)} symbols; the task {self.name} takes 1 to {self.buckets[-1] - 1}"
@@ -79,62 +52,67 @@ class Task:
         return source
 
 
-def load_task(name: str) -> Task:
-    """UserError for an unknown task, or one whose data is not installed."""
+def load_task(name: str, *, data: Path | None = None, kept: Path | None = None) -> Task:
+    """UserError for an unknown task, or one whose data is not there.
+
+    `translate` reads the folder `data` that `isoformer prepare` made; a run has `kept` what it needs without it.
+    """
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    if (data is None) == (name == "translate"):
+        wanted = (
+            "needs --data, a folder that `isoformer prepare` made" if data is None else "has its own data, not --data"
+        )
+        raise UserError(f"the task {name} {wanted}")
+    if data is not None:
+        return _translate(Prepared(data, kept=kept))
     if name == "pronounce":
         return _pronounce()
-    if name in ("copy", "reverse"):
-        return _sequences(name)
-    if name in ("scan", "scan-length"):
-        return _scan(name)
-    raise UserError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    return _scan(name) if name in ("scan", "scan-length") else _sequences(name)
 
 
 def _sequences(name: str, *, symbols: int = 20, length: int = 10, number: int = 30_000) -> Task:
     """Random sequences; the target is the same, or the reverse."""
     rng = np.random.default_rng(0)
-    vocabulary = Vocabulary([f"{i:02}" for i in range(symbols)])
-    first = len(_SPECIAL)
+    vocabulary = Symbols(f"{i:02}" for i in range(symbols))
+    first = len(SPECIAL)
     drawn = {tuple(row) for row in rng.integers(first, first + symbols, (number, length)).tolist()}
-    examples = [Example(row, (row if name == "copy" else row[::-1],)) for row in sorted(drawn)]
-    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    for example in examples:
-        splits[_split(" ".join(map(str, example.source)))].append(example)
-    return Task(name, vocabulary, vocabulary, splits, buckets=(length + 1,), letters=False)
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for row in sorted(drawn):
+        splits[split_by_hash(" ".join(map(str, row)))].append(Example(row, (row if name == "copy" else row[::-1],)))
+    return Task(name, vocabulary, vocabulary, splits, buckets=(length + 1,))
 
 
 def _scan(name: str) -> Task:
     """Commands to actions; the split is by chance, or trains on short outputs and tests on long ones."""
-    words = [(command.split(), actions.split()) for command, actions in scan.pairs()]
-    source = Vocabulary({word for command, _ in words for word in command})
-    target = Vocabulary({action for _, actions in words for action in actions})
-    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    for command, actions in words:
-        split = _split(" ".join(command))
+    known = list(scan.pairs())
+    source, target = (Symbols({word for pair in known for word in pair[side].split()}) for side in (0, 1))
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for command, actions in known:
+        split = split_by_hash(command)
         if name == "scan-length":
-            split = (
-                "test" if len(actions) > scan.LONGEST_TRAINED else "validation" if split == "validation" else "train"
-            )
+            long = len(actions.split()) > scan.LONGEST_TRAINED
+            split = "test" if long else "validation" if split == "validation" else "train"
         splits[split].append(Example(source.encode(command), (target.encode(actions),)))
-    return Task(name, source, target, splits, buckets=(12, 24, 49), letters=False)
+    return Task(name, source, target, splits, buckets=(12, 24, 49))
 
 
 def _pronounce() -> Task:
     """CMUDict's spellings to phones without stress; a word is right if it equals any of its pronunciations."""
-    entries: dict[str, list[tuple[str, ...]]] = {}
+    entries: dict[str, list[str]] = {}
     for line in _cmudict_lines():
         word, *phones = line.partition("#")[0].split()
         word = re.sub(r"\(\d+\)$", "", word)
-        pronunciation = tuple(phone.rstrip("012") for phone in phones)
+        pronunciation = " ".join(phone.rstrip("012") for phone in phones)
         known = entries.setdefault(word, []) if re.fullmatch(r"[a-z']+", word) else [pronunciation]
         if pronunciation not in known:
             known.append(pronunciation)
-    letters = Vocabulary({letter for word in entries for letter in word})
-    phones = Vocabulary({phone for spoken in entries.values() for one in spoken for phone in one})
-    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    letters = Symbols({letter for word in entries for letter in word}, separator="")
+    phones = Symbols({phone for spoken in entries.values() for one in spoken for phone in one.split()})
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for word, spoken in sorted(entries.items()):
-        splits[_split(word)].append(Example(letters.encode(word), tuple(map(phones.encode, spoken))))
-    return Task("pronounce", letters, phones, splits, buckets=(6, 7, 8, 9, 10, 12, 15, 29), letters=True)
+        splits[split_by_hash(word)].append(Example(letters.encode(word), tuple(map(phones.encode, spoken))))
+    return Task("pronounce", letters, phones, splits, buckets=(6, 7, 8, 9, 10, 12, 15, 29), measure="phones")
 
 
 def _cmudict_lines() -> Sequence[str]:
@@ -148,7 +126,7 @@ def _cmudict_lines() -> Sequence[str]:
         return [line for line in file if line.strip()]
 
 
-def _split(text: str) -> str:
-    """10 % test, 2 % validation, by the text alone."""
-    bucket = int(hashlib.sha1(text.encode()).hexdigest(), 16) % 100
-    return "test" if bucket < 10 else "validation" if bucket < 12 else "train"
+def _translate(data: Prepared) -> Task:
+    """The user's own parallel text, in subwords of one joint vocabulary."""
+    words = data.tokenizer
+    return Task("translate", words, words, data, buckets=lengths(data.about["max_length"]), measure="text")

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core.losses import Batch
-from seq2seq.batches import endless_batches, pairs
 from seq2seq.errors import UserError
 from seq2seq.evaluation import token_scores
-from seq2seq.optimizer import make_optimizer
+from seq2seq.metrics import Metrics
+from seq2seq.optimizer import learning_rate, make_optimizer
 from seq2seq.runs import Run, averaged
+from seq2seq.stream import endless_batches
 from seq2seq.tasks import Task
 
 
@@ -47,18 +48,31 @@ def train(run: Run, frontend: Any, task: Task, *, console: Console) -> Outcome:
 
     A run that has a checkpoint goes on from it, in either frontend, to the same bits as if it had never stopped.
     """
-    with run.training(), _noted(signal.SIGINT, signal.SIGTERM) as signals, progress_bar(console) as progress:
-        return _Training(run, frontend, task, progress, signals).run()
+    stop = _noted(signal.SIGINT, signal.SIGTERM)
+    with run.training() as metrics, stop as signals, progress_bar(console) as progress:
+        return _Training(run, frontend, task, metrics, progress, signals).run()
 
 
 class _Training:
     """One run in one process."""
 
-    def __init__(self, run: Run, frontend: Any, task: Task, progress: Progress, signals: list[signal.Signals]):
-        self.run_, self.frontend, self.task, self.progress, self.signals = run, frontend, task, progress, signals
+    def __init__(
+        self,
+        run: Run,
+        frontend: Any,
+        task: Task,
+        metrics: Metrics,
+        progress: Progress,
+        signals: list[signal.Signals],
+    ):
+        self.run_, self.frontend, self.task = run, frontend, task
+        self.metrics, self.progress, self.signals = metrics, progress, signals
         self.options, options = run.options, run.options
+        self.rate = learning_rate(options)
         self.step, self.best_step, self.best_loss, self.saved = 0, 0, float("inf"), 0
-        self.data, self.validation = pairs(task.split("train")), task.split("validation")
+        self.validation = task.pairs("validation")
+        sizes = {"tokens": options.tokens, "micro": options.accumulate, "seed": options.seed}
+        self.data = endless_batches(task.pairs("train"), task.buckets, **sizes)
         found = run.latest()
         if found is None:
             model = frontend.init_transformer(run.config, seed=options.seed)
@@ -75,6 +89,7 @@ class _Training:
             self.step = self.saved = found.about["step"]
             self.best_step, self.best_loss = found.about["best_step"], found.about["best_loss"] or float("inf")
             self.trainer.resume(found.arrays["optimizer"], step=self.step)
+            self.data.set_state(found.about["data"])
             progress.console.print(f"going on after step {self.step}")
 
     def run(self) -> Outcome:
@@ -82,11 +97,9 @@ class _Training:
         bar = self.progress.add_task(
             f"{self.task.name} in {self.run_.frontend}", total=options.steps, completed=self.step, numbers="compiling"
         )
-        sizes = {"tokens": options.tokens, "micro": options.accumulate, "seed": options.seed}
-        data = endless_batches(self.data, self.task.buckets, **sizes, start=self.step)
         stopped, meter = self._stopped(), _Meter()
         while stopped is None:
-            batch = next(data)
+            batch = next(self.data)
             metrics = self.trainer.train(batch)
             self.step += 1
             meter.count(batch)
@@ -95,7 +108,10 @@ class _Training:
                 speed = meter.tokens_per_second()
                 numbers = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} tokens/s"
                 self.progress.update(bar, completed=self.step, numbers=numbers)
-                self.run_.log(step=self.step, loss=loss, accuracy=accuracy, tokens_per_second=speed)
+                rate = float(np.asarray(self.rate(self.step - 1)))
+                self.metrics.log(
+                    step=self.step, loss=loss, accuracy=accuracy, tokens_per_second=speed, learning_rate=rate
+                )
                 self._check_finite()
             if self.step % options.validate_every == 0 or self.step == options.steps:
                 self._validate()
@@ -123,7 +139,7 @@ class _Training:
             weights = averaged(trainer.optimizer_state())
             trainer = self.frontend.Trainer(self.frontend.from_weights(self.run_.config, weights), optax.identity())
         scores = token_scores(trainer, self.task, self.validation, tokens=self.options.tokens)
-        self.run_.log(step=self.step, validation_loss=scores.loss, validation_accuracy=scores.accuracy)
+        self.metrics.log(step=self.step, validation_loss=scores.loss, validation_accuracy=scores.accuracy)
         self.progress.console.print(
             f"step {self.step}: validation loss {scores.loss:.4f}, token accuracy {scores.accuracy:.2%}"
         )
@@ -137,6 +153,7 @@ class _Training:
             "validation_loss": validation_loss if known else None,
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step else None,
+            "data": self.data.get_state(),
         }
         arrays = {"weights": self.frontend.to_weights(self.trainer.model), "optimizer": self.trainer.optimizer_state()}
         self.run_.save(self.step, arrays, about)
@@ -151,7 +168,7 @@ class _Training:
                 f"{self.saved}. Lower --learning-rate, or go on with --non-finite skip"
             )
         if skipped:
-            self.run_.log(step=self.step, skipped_steps=skipped)
+            self.metrics.log(step=self.step, skipped_steps=skipped)
 
 
 @contextlib.contextmanager

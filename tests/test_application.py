@@ -17,13 +17,15 @@ from core.config import TransformerConfig
 from seq2seq import compare as comparing
 from seq2seq import tasks
 from seq2seq.cli import main
-from seq2seq.evaluation import predict, sequence_scores
+from seq2seq.decoding import predict
+from seq2seq.evaluation import sequence_scores
+from seq2seq.examples import Example
 from seq2seq.frontends import frontend
 from seq2seq.optimizer import make_optimizer
 from seq2seq.options import TrainingOptions
 from seq2seq.report import Report
 from seq2seq.runs import Run
-from seq2seq.tasks import Example
+from seq2seq.vocabulary import Symbols
 from tests.conftest import ROOT
 from tests.frontends import random_weights, same_bits
 
@@ -73,7 +75,7 @@ def test_a_run_trained_in_one_frontend_is_evaluated_and_used_in_the_other(name, 
 def test_the_best_weights_are_kept_not_the_last(tmp_path):
     config = TransformerConfig(source_vocab_size=5, target_vocab_size=5, d_model=4, num_heads=1, d_ff=4)
     run = Run.create(tmp_path / "run", task="copy", frontend="nnx", config=config, options=TrainingOptions())
-    task = dataclasses.replace(tasks.load_task("copy"), source=tasks.Vocabulary("ab"), target=tasks.Vocabulary("ab"))
+    task = dataclasses.replace(tasks.load_task("copy"), source=Symbols("ab"), target=Symbols("ab"))
     best, worse = random_weights(config, 0), random_weights(config, 1)
     keep = lambda step, weights, loss: run.save(step, {"weights": weights}, {"validation_loss": loss})
     keep(1, worse, 3.0)
@@ -206,7 +208,7 @@ class Parrot:
     def __init__(self, answers):
         self.answers = iter(answers)
 
-    def generate(self, model, source, *, source_mask, max_length):
+    def generate(self, model, source, *, source_mask, max_length, constraints):
         rows = [[*next(self.answers, ()), 2] for _ in range(source.shape[0])]
         return jnp.asarray([row + [0] * (max_length - len(row)) for row in rows])
 

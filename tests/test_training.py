@@ -20,9 +20,8 @@ from rich.console import Console
 from core.config import TransformerConfig
 from core.losses import Metrics
 from core.training import accumulated
-from seq2seq import checkpoints, tasks
+from seq2seq import checkpoints, stream, tasks
 from seq2seq import training as loop
-from seq2seq.batches import Pair, batches, endless_batches
 from seq2seq.errors import UserError
 from seq2seq.optimizer import by_name, learning_rate, make_optimizer, weight_average
 from seq2seq.options import TrainingOptions
@@ -219,29 +218,6 @@ def test_options_that_cannot_be_are_refused(fields, message):
         TrainingOptions(**fields)
 
 
-# batches
-
-
-@given(seeds, st.integers(0, 25), st.sampled_from([1, 3]))
-def test_batches_begin_anywhere_and_every_epoch_is_another_order_of_all(seed, start, micro):
-    rng = np.random.default_rng(seed)
-    data = [Pair(tuple(rng.integers(3, 9, n).tolist()), (i + 3,)) for i, n in enumerate(rng.integers(1, 12, 40))]
-    sizes = {"tokens": 24, "micro": micro, "seed": seed}
-    whole = list(itertools.islice(endless_batches(data, (4, 12), **sizes), 45))
-    later = list(itertools.islice(endless_batches(data, (4, 12), **sizes, start=start), 5))
-    assert all(same_bits(a, b) for a, b in zip(later, whole[start:], strict=False))
-    seen = [np.asarray(made.labels)[..., 0][np.asarray(made.target_mask)[..., 0]].tolist() for made in whole]
-    flat = list(itertools.chain(*seen))
-    assert sorted(flat[:40]) == sorted(flat[40:80]) == [*range(3, 43)]
-    assert flat[:40] != flat[40:80]
-    assert all(made.labels.ndim == (2 if micro == 1 else 3) for made in whole)
-
-
-def test_one_epoch_has_every_pair_once():
-    data = [Pair((3,) * (i % 5 + 1), (4,)) for i in range(23)]
-    assert sum(int(made.source_mask[:, 0].sum()) for made in batches(data, (3, 6), tokens=12)) == 23
-
-
 # runs
 
 
@@ -334,13 +310,13 @@ def test_two_processes_do_not_train_one_run(task, tmp_path):
 @pytest.mark.usefixtures("lenient")
 def test_a_run_that_is_to_stop_at_a_gradient_that_is_not_finite_says_at_which_step(task, tmp_path, monkeypatch):
     run = new_run(tmp_path / "run", dataclasses.replace(OPTIONS, non_finite="stop", accumulate=1))
-    original = endless_batches
+    original = stream.batch
 
-    def spoiled(*arguments, **options):
-        for batch in original(*arguments, **options):
-            yield batch._replace(source=jnp.full_like(batch.source, 99))  # out of the vocabulary: NaN under jit
+    def spoiled(*arguments):
+        made = original(*arguments)
+        return made._replace(source=jnp.full_like(made.source, 99))  # out of the vocabulary: NaN under jit
 
-    monkeypatch.setattr(loop, "endless_batches", spoiled)
+    monkeypatch.setattr(stream, "batch", spoiled)
     with pytest.raises(UserError, match=r"a gradient was not finite, 1 of 1 steps so far; .*--non-finite skip"):
         loop.train(run, FRONTENDS["nnx"], task, console=SILENT)
 
