@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.constraints import FREE, Constraints, forbid, penalised
-from core.decoding import EOS, PAD, Step
+from core.decoding import EOS, PAD, Step, check_max_length
 from core.layers import wide_dtype
 
 
@@ -67,6 +67,7 @@ def beam_search(
     the log probabilities, other constraints only what may be chosen. Logits of NaN give tokens -1 and scores NaN.
     """
     check_beams(Beams(beam_size, n_best, length_penalty))
+    check_max_length(max_length)
     batch, beams, rank = tokens.shape, (*tokens.shape, beam_size), tokens.ndim
     select = select or (lambda cache, parents: jax.tree.map(lambda x: _take(x, parents, rank), cache))
     forced = None if forced is None else jnp.expand_dims(jnp.broadcast_to(forced, (*batch, forced.shape[-1])), -2)

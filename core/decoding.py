@@ -1,5 +1,6 @@
 """Generation from any `step(tokens [*B, 1], cache) -> (logits [*B, 1, V], cache)`, as one compiled loop."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from core.constraints import FREE, Constraints, forbid, penalised
 from core.layers import known_values
-from core.sampling import Sampling, by_row, draw
+from core.sampling import Sampling, by_row, check_sampling, draw
 
 Step = Callable[[Integer[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
@@ -54,6 +55,7 @@ def sample(
     pad_id: int = PAD,
 ) -> Integer[Array, "*B L"]:
     """Tokens drawn at random, otherwise as `greedy`. Token t of a row is drawn with fold_in(key of the row, t)."""
+    check_sampling(sampling)
     drawn = lambda logits, index: draw(logits, by_row(lambda key: jax.random.fold_in(key, index))(keys), sampling)
     rules = {"constraints": constraints, "forced": forced, "eos_id": eos_id, "pad_id": pad_id}
     return _decode(drawn, step, tokens, cache, max_length=max_length, **rules)
@@ -72,8 +74,7 @@ def _decode(
     pad_id: int,
 ) -> Integer[Array, "*B L"]:
     """One token a row each time; `choose(logits [*B, V], index)` sees -inf where a token is not allowed."""
-    if max_length < 0:
-        raise ValueError(f"max_length must be at least 0, got {max_length}")
+    check_max_length(max_length)
 
     def unfinished(state) -> Array:
         index, _, ended, _, _ = state
@@ -122,8 +123,7 @@ def check_generation(
     forced: Integer[Array, "..."] | None = None,
 ) -> None:
     """ValueError for lengths that cannot be, ids outside the vocabulary, and forced tokens that do not fit."""
-    if rules.max_length < 0:
-        raise ValueError(f"max_length must be at least 0, got {rules.max_length}")
+    check_max_length(rules.max_length)
     if rules.constraints.min_length > rules.max_length:
         raise ValueError(
             f"min_length must be at most max_length {rules.max_length}, got {rules.constraints.min_length}"
@@ -147,6 +147,20 @@ def check_generation(
             f"forced must hold ids of the target vocabulary [0, {vocab_size}), or -1 for any token, "
             f"got {known.min()} to {known.max()}"
         )
+
+
+def check_max_length(max_length: int) -> None:
+    """ValueError for fewer than no tokens."""
+    if max_length < 0:
+        raise ValueError(f"max_length must be at least 0, got {max_length}")
+
+
+def whole(name: str, number: Any) -> int:
+    """The number as an int; TypeError if it is none, for int() would cut 2.7 to 2 without a word."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {number!r}") from None
 
 
 def next_tokens(first: Integer[Array, "*B"], target: Integer[Array, "*B T"]) -> Integer[Array, "*B T"]:

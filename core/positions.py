@@ -63,6 +63,8 @@ def add_positions(
 
     `positions` is `[*B, T]`, 1 where it broadcasts. One beyond a learned table raises, and gives NaN under jit.
     """
+    if kind in ("sinusoidal", "learned"):
+        check_positions(positions, x.shape[:-1])
     if kind == "sinusoidal":
         return x + sinusoidal(positions, x.shape[-1], x.dtype)
     if kind == "learned":
@@ -75,6 +77,12 @@ def add_positions(
             )
         return x + learned(positions, embedding).astype(x.dtype)
     return x
+
+
+def check_positions(positions: Integer[Array, "..."], shape: tuple[int, ...]) -> None:
+    """ValueError unless the positions broadcast to those tokens, `[*B, T]`, and not the tokens to them."""
+    if len(positions.shape) != len(shape) or any(p not in (1, n) for p, n in zip(positions.shape, shape, strict=True)):
+        raise ValueError(f"positions must be [*B, T], here {shape}, 1 where they broadcast, got {positions.shape}")
 
 
 def learned(positions: Integer[Array, "*B"], embedding: Float[Array, "L D"]) -> Float[Array, "*B D"]:

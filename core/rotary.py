@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Integer
 
 from core.config import RotaryLayout, TransformerConfig
 from core.layers import wide_dtype
-from core.positions import inverse_frequencies, sin_cos
+from core.positions import check_positions, inverse_frequencies, sin_cos
 
 
 class RotarySettings(TypedDict):
@@ -48,6 +48,7 @@ def rotary(
         raise ValueError(f"{len(frequencies)} frequencies turn {width} features, got H={x.shape[-1]}")
     if layout not in ("half", "interleaved"):
         raise ValueError(f"layout must be 'half' or 'interleaved', got {layout!r}")
+    check_positions(positions, x.shape[:-2])
     dtype = wide_dtype(x)
     sin, cos = sin_cos(positions[..., None], frequencies, dtype)
     turned, rest = x[..., :width].astype(dtype), x[..., width:]

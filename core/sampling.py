@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from core.values import STATIC, value
@@ -28,15 +29,25 @@ class Sampling:
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1] or min_p outside [0, 1]."""
-    if not 0 <= sampling.temperature < math.inf:
+    """ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1] or min_p outside [0, 1].
+
+    What is not known, inside of jit, passes.
+    """
+    numbers = (sampling.temperature, sampling.top_p, sampling.min_p)
+    temperature, top_p, min_p = (None if isinstance(number, Tracer) else number for number in numbers)
+    if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {sampling.temperature}")
     if sampling.top_k is not None and (type(sampling.top_k) is not int or sampling.top_k < 1):
         raise ValueError(f"top_k must be an integer of at least 1, got {sampling.top_k!r}")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+    if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {sampling.top_p}")
-    if sampling.min_p is not None and not 0 <= sampling.min_p <= 1:
+    if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be at least 0 and at most 1, got {sampling.min_p}")
+
+
+def as_arrays(sampling: Sampling) -> Sampling:
+    """Its numbers as arrays of one type, so that Python's, NumPy's and JAX's are the same program."""
+    return jax.tree.map(lambda number: jnp.asarray(number, jnp.result_type(float)), sampling)
 
 
 def draw(logits: Float[Array, "*B V"], keys: Key[Array, "*B"], sampling: Sampling) -> Int[Array, "*B"]:

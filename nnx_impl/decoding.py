@@ -3,7 +3,6 @@
 import functools
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer, Key
@@ -24,10 +23,11 @@ from core.decoding import (
     prompt_lengths,
     sample,
     until_end,
+    whole,
 )
 from core.layers import check_tokens
 from core.losses import token_cross_entropy
-from core.sampling import Sampling, check_sampling, row_keys
+from core.sampling import Sampling, as_arrays, check_sampling, row_keys
 from nnx_impl.layers import Rngs, stream_key
 from nnx_impl.transformer import DecoderOnlyTransformer, Transformer
 
@@ -70,14 +70,15 @@ def generate(
     >>> generate(model, jnp.array([[3, 4, 5]]), max_length=4, sampling=sampling, rngs=nnx.Rngs(sample=1)).shape
     (1, 4)
     """
-    prompt, rules = Prompt(bool(prefix), prefill_chunk, bos_id), Rules(int(max_length), constraints, eos_id, pad_id)
+    prompt = Prompt(bool(prefix), prefill_chunk, bos_id)
+    rules = Rules(whole("max_length", max_length), constraints, eos_id, pad_id)
     _check(model, source, source_mask, prompt, rules, forced)
     keys = stream_key(rngs, "sample")
     if (sampling is None) != (keys is None):
         raise ValueError("sampling and rngs go together: how tokens are drawn, and the randomness that draws them")
     if sampling is not None and keys is not None:
         check_sampling(sampling)
-        sampling, keys = jax.tree.map(jnp.asarray, sampling), row_keys(keys, source.shape[:-1])
+        sampling, keys = as_arrays(sampling), row_keys(keys, source.shape[:-1])
     return _generate(model, source, source_mask, forced, sampling, keys, prompt=prompt, rules=rules)
 
 
@@ -108,9 +109,10 @@ def beam_search(
     >>> found.tokens.shape, found.scores.shape
     ((1, 2, 4), (1, 2))
     """
-    beams = Beams(int(beam_size), int(n_best), float(length_penalty))
+    beams = Beams(whole("beam_size", beam_size), whole("n_best", n_best), float(length_penalty))
     check_beams(beams)
-    prompt, rules = Prompt(bool(prefix), prefill_chunk, bos_id), Rules(int(max_length), constraints, eos_id, pad_id)
+    prompt = Prompt(bool(prefix), prefill_chunk, bos_id)
+    rules = Rules(whole("max_length", max_length), constraints, eos_id, pad_id)
     _check(model, source, source_mask, prompt, rules, forced)
     return _search(model, source, source_mask, forced, prompt=prompt, rules=rules, beams=beams)
 

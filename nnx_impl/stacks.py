@@ -178,6 +178,12 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Integer[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
         """The output at T more tokens, of which the first `count` of each row are real."""
+        if len(cache.attention) != len(self.blocks) or cache.length.shape != x.shape[:-2]:
+            raise ValueError(
+                "a cache goes with its model and its batch, "
+                f"got {len(cache.attention)} layers and rows {cache.length.shape} for {len(self.blocks)} layers and "
+                f"rows {x.shape[:-2]}"
+            )
         x = x.astype(jnp.dtype(self.config.dtype))
         x = self.position_embedding(x, positions=position_ids(x, cache.length))
         relative = None if self.relative is None else self.relative()

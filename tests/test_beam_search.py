@@ -230,6 +230,7 @@ def test_the_penalty_is_that_of_the_paper():
         ((3, 4, 0.6), r"n_best must lie in \[1, beam_size 3\], got 4"),
         ((3, 0, 0.6), r"n_best must lie in \[1, beam_size 3\], got 0"),
         ((3, 1, float("nan")), "length_penalty must be finite, got nan"),
+        ((3, 1, float("-inf")), "length_penalty must be finite, got -inf"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(beams, message, untyped):
@@ -237,3 +238,8 @@ def test_a_search_that_cannot_be_is_refused(beams, message, untyped):
         check_beams(Beams(*beams))
     with pytest.raises(ValueError, match=message):
         search(table(0), firsts((2,), 0), max_length=2, **Beams(*beams)._asdict())
+
+
+def test_a_negative_length_is_refused(untyped):
+    with pytest.raises(ValueError, match="max_length must be at least 0, got -1"):
+        beam_search(table_step, jnp.zeros(2, jnp.int32), start(table(0), np.zeros(2)), max_length=-1)

@@ -144,6 +144,10 @@ def test_a_forced_end_ends():
     [
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0.0"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0 and finite, got nan"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be above 0 and finite, got inf"),
+        ({"repetition_penalty": -1.5}, "repetition_penalty must be above 0 and finite, got -1.5"),
+        ({"min_length": -1}, "min_length must be an integer of at least 0, got -1"),
+        ({"no_repeat_ngram": 2.0}, "no_repeat_ngram must be an integer of at least 0, got 2.0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must be an integer of at least 0, got -1"),
         ({"min_length": 1.5}, "min_length must be an integer of at least 0, got 1.5"),
         ({"banned": [3]}, r"banned must be a tuple of token ids, got \[3\]"),

@@ -23,6 +23,7 @@ from core.decoding import (
     prefill,
     prompt_lengths,
     until_end,
+    whole,
 )
 from tests.strategies import seeds
 
@@ -278,6 +279,23 @@ def test_a_prompt_has_its_real_tokens_first_and_at_least_one(row):
     mask = jnp.asarray([[True, True, False], row])
     with pytest.raises(ValueError, match="each row of a prompt needs its real tokens first, at least one, then"):
         prompt_lengths(mask, jnp.zeros((2, 3), jnp.int32))
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="each row of a prompt needs its real tokens first, at least one, then"):
+        prompt_lengths(None, jnp.zeros((2, 0), jnp.int32))
+
+
+@pytest.mark.parametrize("number", [2.7, 2.0, "2", None])
+def test_what_is_no_integer_is_not_cut_to_one(number):
+    with pytest.raises(TypeError, match=f"max_length must be an integer, got {number!r}"):
+        whole("max_length", number)
+
+
+@pytest.mark.parametrize("dtype", [int, np.int8, np.int64, np.uint32])
+def test_integers_of_any_type_are_integers(dtype):
+    assert type(whole("max_length", dtype(3))) is int
+    assert whole("max_length", dtype(3)) == 3
 
 
 @pytest.mark.parametrize("mask", [np.ones((2, 3), "int32"), np.ones((2, 4), bool), np.ones(3, bool)])

@@ -127,3 +127,83 @@ def test_what_cannot_be_decoded_is_named_with_the_rule(package, untyped):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@every_frontend
+@every_model
+def test_numbers_that_are_no_integers_are_named(package, name, untyped):
+    model = model_of(package, name)
+    for argument, call in (
+        ("max_length", package.generate),
+        ("beam_size", package.beam_search),
+        ("n_best", package.beam_search),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be an integer, got 2.7"):
+            call(model, SOURCE, source_mask=REAL, **{"max_length": 2, argument: 2.7})
+
+
+@every_frontend
+def test_a_cache_goes_with_its_model_and_its_batch(package, untyped):
+    pair, one = (package.evaluation(model_of(package, name)) for name in ("Transformer", "DecoderOnlyTransformer"))
+    deep, wide, low = (
+        package.evaluation(model_of(package, "Transformer", **fields))
+        for fields in ({"num_decoder_layers": 2}, {"d_model": 16}, {"dtype": "bfloat16"})
+    )
+    token, rows = jnp.ones((3, 1), jnp.int32), r"got 1 layers and rows \(3,\) for"
+    for begun, model, tokens, message in (
+        (pair, pair, token[:2], rf"a cache goes with its model and its batch, {rows} 1 layers and rows \(2,\)"),
+        (pair, deep, token, rf"a cache goes with its model and its batch, {rows} 2 layers and rows \(3,\)"),
+        (pair, wide, token, r"k must fit the cache in all but its length, got float32\[3, 1, 2, 8\]"),
+        (pair, low, token, r"k must fit the cache in all but its length, got bfloat16.*for a cache of float32"),
+        (one, pair, token, "a block with cross-attention needs a memory, and one without takes none"),
+        (pair, one, token, "a block with cross-attention needs a memory, and one without takes none"),
+        (pair, pair, token.repeat(4, 1), "the cache holds 3 tokens a row, 0 are there and 4 more came"),
+    ):
+
+        def step(begun=begun, model=model, tokens=tokens):
+            return model.decode_step(tokens, begun.start(SOURCE, max_length=3)[1])
+
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(step)
+
+
+@every_frontend
+def test_a_memory_is_that_of_its_source_alone(package):
+    """Another source in row 1 changes what is said in row 1, and nothing else of the memory or the logits."""
+
+    @jax.jit
+    def said(weights, source):
+        model = package.evaluation(package.from_weights(CONFIG, weights))
+        _, cache = model.start(source, source_mask=REAL, max_length=3)
+        return cache.memory, model.decode_step(jnp.ones((3, 1), jnp.int32), cache)[0]
+
+    weights, other = random_weights(CONFIG, 4), np.arange(3) == 1
+    before, after = (jax.tree.leaves(said(weights, source)) for source in (SOURCE, SOURCE.at[1, 0].set(3)))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[~other], b[~other])
+        assert (a[other] != b[other]).any()
+
+
+TRACED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **about: TRACED.append(about.get("fun_name")) if event.endswith("jaxpr_trace_duration") else None
+)
+
+
+@every_frontend
+def test_numbers_of_any_type_are_the_same_program(package, untyped):
+    """One trace for a Python number, one of NumPy and one of JAX."""
+    model = model_of(package, "Transformer")
+
+    def say(length, temperature, p):
+        TRACED.clear()
+        sampling = Sampling(temperature, 4, p)
+        package.generate(model, SOURCE, max_length=length, sampling=sampling, **key_of(package, jax.random.key(0)))
+        return [name for name in TRACED if "_generate" in str(name)]
+
+    assert say(2, 0.75, 0.5)
+    for length, temperature, p in (
+        (np.int64(2), np.float32(0.5), 0.75),
+        (jnp.int32(2), jnp.asarray(1.5), jnp.float32(1)),
+    ):
+        assert not say(length, temperature, p)

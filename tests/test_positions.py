@@ -112,6 +112,20 @@ def test_an_even_sinusoid_has_length_root_half_its_width(ids):
     np.testing.assert_allclose(squares, np.full(ids.shape, 4.0), rtol=1e-6)
 
 
+@given(eight, far_and_near, widths)
+def test_k_positions_further_each_pair_is_turned_by_k_times_its_frequency(ids, k, width):
+    """PE(p + k) = R(k) PE(p), where R does not depend on p; so a linear map can look k tokens ahead."""
+    ids, even = np.minimum(ids, LAST - k), width + width % 2
+    pairs = lambda positions: np.asarray(sinusoids(positions.astype("int32"), even), "float64").reshape(2, 4, -1, 2)
+    (sin, cos), turn = (
+        np.moveaxis(pairs(ids), -1, 0),
+        [exact_sin_cos(k, 10_000.0 ** (-i / even)) for i in range(0, even, 2)],
+    )
+    sin_k, cos_k = np.array(turn).T
+    turned = np.stack([sin * cos_k + cos * sin_k, cos * cos_k - sin * sin_k], axis=-1)
+    np.testing.assert_allclose(pairs(ids + k), turned, rtol=0, atol=4 * 2.0**-23)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("position", [3, 1000, 2**20, LAST])
 def test_sinusoids_asked_for_in_sixteen_bits_are_the_rounded_ones(dtype, position):
@@ -264,6 +278,16 @@ def test_positions_that_are_no_integers_raise(untyped):
         sinusoidal(ids, 4)
     with pytest.raises(TypeError, match="positions must be integers, got float32"):
         learned(ids, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3), (4,), (1, 2, 4), (2, 5)])
+def test_positions_of_another_shape_than_the_tokens_raise(kind, shape, untyped):
+    """Three rows of them would make three rows of one."""
+    x, ids = jnp.ones((1 if shape == (3, 4) else 2, 4, 6)), jnp.zeros(shape, jnp.int32)
+    message = rf"positions must be \[\*B, T\], here \({len(x)}, 4\), 1 where they broadcast, got \({shape[0]},"
+    with pytest.raises(ValueError, match=message):
+        add_positions(x, ids, kind=kind, embedding=jnp.ones((9, 6)))
 
 
 # what positions are for

@@ -472,6 +472,13 @@ def test_positions_that_are_no_integers_raise(untyped):
         rotary(jnp.ones((2, 3, 1, 4)), jnp.full((2, 3), 0.5))
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4), (3,), (2,), (2, 3, 1)])
+def test_positions_of_another_shape_than_the_tokens_raise(shape, untyped):
+    message = rf"positions must be \[\*B, T\], here \(2, 3\), 1 where they broadcast, got \({shape[0]},"
+    with pytest.raises(ValueError, match=message):
+        rotary(jnp.ones((2, 3, 1, 4)), jnp.zeros(shape, jnp.int32))
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.0, -2.0, math.inf, math.nan])
 @pytest.mark.parametrize("name", [*SCALINGS, "magnitude"])
 def test_a_factor_below_one_or_without_end_raises(name, factor):

@@ -126,8 +126,8 @@ def tables(batch, seed):
     return jnp.asarray(logits_of((*batch, V), seed))
 
 
-def generated(tables, first, keys, *, max_length=6):
-    options = {"sampling": Sampling(), "max_length": max_length, "eos_id": -7}
+def generated(tables, first, keys, sampling=Sampling(), *, max_length=6):  # noqa: B008  a frozen value
+    options = {"sampling": sampling, "max_length": max_length, "eos_id": -7}
     return sample(step, first, tables, keys=keys, **options)
 
 
@@ -184,6 +184,8 @@ def test_keys_of_another_shape_are_refused(untyped):
 def test_a_rule_that_cannot_be_is_refused(sampling, message, untyped):
     with pytest.raises(ValueError, match=message):
         check_sampling(Sampling(**sampling))
+    with pytest.raises(ValueError, match=message):
+        generated(tables((2,), 0), jnp.zeros(2, jnp.int32), row_keys(jax.random.key(0), (2,)), Sampling(**sampling))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 1.0}])
