@@ -312,6 +312,13 @@ def test_bias_is_added_to_the_scaled_logits(shape, seed):
     closely(attend(q, k, v, bias=bias), attend(q, *repeated), q, k, v, bias=1.0)
 
 
+@given(attention_cases(few_shapes, ["mask"]), st.integers(2, 3))
+def test_keys_that_come_n_times_count_as_once(case, times):
+    k, v = (np.concatenate([x] * times, axis=-3) for x in case.qkv[1:])
+    several = attend(case.q, k, v, mask=np.concatenate([case.allowed] * times, axis=-1))
+    closely(several, attend(*case.qkv, mask=case.allowed), case.q, k, v)
+
+
 @given(attention_cases(few_shapes, ["mask"]))
 def test_keys_that_are_never_attended_may_be_dropped(case):
     live = np.arange(0, case.shape.S, 2)
