@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -21,6 +24,7 @@ from seq2seq.decoding import predict
 from seq2seq.evaluation import sequence_scores
 from seq2seq.examples import Example
 from seq2seq.frontends import frontend
+from seq2seq.metrics import curves
 from seq2seq.optimizer import make_optimizer
 from seq2seq.options import TrainingOptions
 from seq2seq.report import Report
@@ -42,12 +46,13 @@ def _libraries_promote_as_they_like():
 def isoformer(monkeypatch, capsys):
     """The command line: arguments to (exit code, what was printed to either stream)."""
 
-    def run(*arguments: object) -> tuple[int, str]:
+    def run(*arguments: object, folded: bool = True) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["isoformer", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()
         printed = capsys.readouterr()
-        return stop.value.code or 0, " ".join((printed.out + printed.err).split())
+        text = printed.out + printed.err
+        return stop.value.code or 0, " ".join(text.split()) if folded else text
 
     return run
 
@@ -97,10 +102,121 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(isoformer, tmp_
     assert "the validation loss has not fallen for 2 validations" in printed
 
 
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A folder with a run, `run`, that has learned a little of a small text."""
+    folder = tmp_path_factory.mktemp("translator")
+    numbers = ["one", "two", "three", "four", "five", "six"], ["eins", "zwei", "drei", "vier", "fünf", "sechs"]
+    rng = np.random.default_rng(0)
+    for name, size in (("train", 120), ("validation", 8), ("test", 8)):
+        drawn = rng.integers(0, 6, (size, 3))
+        lines = ("\t".join(" ".join(side[i] for i in row) for side in numbers) for row in drawn)
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    made = lambda *arguments: subprocess.run(
+        [sys.executable, "-m", "seq2seq.cli", *arguments], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": ROOT}
+    )
+    texts = ["--text", "train.tsv", "--validation", "validation.tsv", "--test", "test.tsv"]
+    made("prepare", *texts, "--output", "data", "--vocabulary", "290", "--max-length", "12")
+    made(
+        "train", "--task", "translate", "--data", "data", "--run", "run", "--steps", "40", "--validate-every", "20",
+        "--learning-rate", "0.01", "--average", "0.5", *map(str, SMALL),
+    )  # fmt: skip
+    return folder
+
+
+def test_a_translation_is_scored_alike_in_both_frontends(translator, isoformer, tmp_path):
+    tables = []
+    for name in ("nnx", "equinox"):
+        code, printed = isoformer(
+            "evaluate", translator / "run", "--frontend", name, "--beams", 2, "--predictions", tmp_path / name
+        )
+        assert code == 0
+        tables.append(re.findall(r"[\d.]+%?(?= [ │])", printed))
+        assert "BLEU" in printed
+        assert "nrefs:1|case:mixed" in printed
+        assert "chrF" in printed
+    assert tables[0] == tables[1]
+    first, second = ((tmp_path / name).read_text() for name in ("nnx", "equinox"))
+    assert first == second
+    assert len(first.splitlines()) == 8
+    code, printed = isoformer("evaluate", translator / "run", "--predictions", tmp_path / "nnx")
+    assert (code, "is already there; give another --predictions" in printed) == (2, True)
+
+
+def test_what_is_read_line_by_line_is_written_line_by_line(translator, isoformer, tmp_path, monkeypatch):
+    """An empty line stays one, so that the lines of both sides belong together."""
+    lines = ["one two three", "", "six five"]
+    (tmp_path / "in").write_text("\n".join(lines))
+    code, from_file = isoformer("generate", translator / "run", "--file", tmp_path / "in", folded=False)
+    assert code == 0
+    monkeypatch.setattr(sys, "stdin", iter(f"{line}\n" for line in lines))
+    assert isoformer("generate", translator / "run", folded=False) == (0, from_file)
+    said = from_file.splitlines()
+    assert len(said) == 3
+    assert said[1] == ""
+    code, given = isoformer("generate", translator / "run", *lines[::2], folded=False)
+    assert given.splitlines() == [f"{lines[i]}  →  {said[i]}" for i in (0, 2)]
+
+
+def test_outputs_are_n_best_drawn_and_begun_alike_in_both_frontends(translator, isoformer, tmp_path):
+    for options in (
+        ["--beams", 3, "--n-best", 2, "--length-penalty", 0],
+        ["--temperature", 1.5, "--top-k", 9, "--top-p", 0.95, "--n-best", 3, "--seed", 5],
+        ["--prefix", "zwei", "--min-length", 4, "--repetition-penalty", 1.3, "--no-repeat-ngram", 2],
+    ):
+        found = [
+            isoformer("generate", translator / "run", "one two", "--frontend", name, *options, folded=False)
+            for name in ("nnx", "equinox")
+        ]
+        assert found[0] == found[1]
+        assert found[0][0] == 0
+        lines = found[0][1].splitlines()
+        if "--n-best" in options:
+            scores = [float(line.split()[-1]) for line in lines]
+            assert len(lines) == options[options.index("--n-best") + 1]
+            assert all(score < 0 for score in scores)
+            assert "--beams" not in options or scores == sorted(scores, reverse=True)
+        else:
+            assert lines[0].startswith("one two  →  zwei")
+
+
+def test_generate_draws_where_each_translation_looked(translator, isoformer, tmp_path):
+    arguments = ["one two", "three", "--attention", tmp_path / "pictures"]
+    assert isoformer("generate", translator / "run", *arguments)[0] == 0
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["0001.png", "0002.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_translation_goes_on_where_it_stopped_and_its_curves_are_drawn(translator, isoformer, tmp_path):
+    run = shutil.copytree(translator / "run", tmp_path / "run")
+    about = json.loads((run / "run.json").read_text())
+    about["options"]["steps"] = 44
+    (run / "run.json").write_text(json.dumps(about))
+    code, printed = isoformer("resume", run, "--frontend", "equinox")
+    assert code == 0
+    assert "going on after step 40" in printed
+    assert "Stopped after 44 steps" in printed
+    assert isoformer("plot", run, translator / "run")[0] == 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {"loss", "validation_loss", "learning_rate"} <= curves(run).keys()
+    code, printed = isoformer("plot", run, "--output", tmp_path / "none" / "x.png")
+    assert (code, "cannot be drawn" in printed) == (2, True)
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--task", "translate"], "the task translate needs --data, a folder that `isoformer prepare` made"),
+        (["train", "--task", "copy", "--data", "x"], "the task copy has its own data, not --data"),
+        (["train", "--task", "translate", "--data", "x"], "x is no prepared data"),
+        (["prepare", "--text", "a.tsv", "--output", "x"], "a.tsv is no file; give a file, a glob"),
+        (["generate", "nowhere", "a", "--beams", 2, "--n-best", 3], "n_best must be at most beams=2, got 3"),
+        (["generate", "nowhere", "a", "--beams", 2, "--top-k", 3], "drawn or searched for by beams, not both"),
+        (["generate", "nowhere", "a", "--temperature", -1], "temperature must be at least 0 and finite, got -1.0"),
+        (["generate", "nowhere", "a", "--min-length", -1], "min_length must be an integer of at least 0, got -1"),
+        (["plot", "nowhere"], "nowhere is no run folder"),
         (["train", "--task", "sing"], "unknown task 'sing'; choose one of copy, reverse, pronounce"),
         (["train", "--frontend", "torch"], "unknown frontend 'torch'; choose one of nnx, equinox"),
         (["train", "--d-model", 10], "d_model must be a multiple of num_heads, got d_model=10, num_heads=4"),
