@@ -39,10 +39,16 @@ def rows(length: int, tokens: int) -> int:
 
 
 def batch(data: Sequence[Pair], length: int, number: int) -> Batch:
-    """At most `number` pairs as one batch of exactly that many rows."""
-    source, inputs, labels = (np.full((number, length), PAD, np.int32) for _ in range(3))
+    """At most `number` pairs as one batch of exactly that many rows. A source of vectors has one label, its class."""
+    vectors = np.ndim(data[0].source) == 2
+    source = np.zeros((number, length, *np.shape(data[0].source)[1:]), np.float32 if vectors else np.int32)
+    inputs, labels = (np.full((number, 1 if vectors else length), PAD, np.int32) for _ in range(2))
+    source_mask, target_mask = np.zeros((number, length), bool), np.zeros(labels.shape, bool)
     for row, pair in enumerate(data):
         source[row, : len(pair.source)] = pair.source
-        inputs[row, : len(pair.target) + 1] = (BOS, *pair.target)
-        labels[row, : len(pair.target) + 1] = (*pair.target, EOS)
-    return Batch(*map(jnp.asarray, (source, source != PAD, inputs, labels, labels != PAD)))
+        source_mask[row, : len(pair.source)] = True
+        wanted = pair.target if vectors else (*pair.target, EOS)
+        inputs[row, : len(wanted)] = (BOS, *pair.target)[: len(wanted)]
+        labels[row, : len(wanted)] = wanted
+        target_mask[row, : len(wanted)] = True
+    return Batch(*map(jnp.asarray, (source, source_mask, inputs, labels, target_mask)))

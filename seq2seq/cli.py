@@ -14,7 +14,7 @@ from rich.table import Table
 from conformance.cli import conform
 from core.config import NormOrder, Positions, TransformerConfig
 from seq2seq.errors import UserError
-from seq2seq.options import NonFinite, Schedule
+from seq2seq.options import TASKS, NonFinite, Schedule
 
 if TYPE_CHECKING:
     from seq2seq.runs import Run
@@ -77,7 +77,7 @@ def prepare(
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Option(help="copy, reverse, pronounce, scan, scan-length or translate.")] = "pronounce",
+    task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}.")] = "pronounce",
     data: Annotated[
         Path | None, typer.Option(help="For translate: what `isoformer prepare` made.", show_default=False)
     ] = None,
@@ -226,6 +226,7 @@ def evaluate(
     import optax
 
     from seq2seq.decoding import DecodingOptions
+    from seq2seq.digits import logistic_regression
     from seq2seq.evaluation import sequence_scores, text_scores, token_scores
     from seq2seq.frontends import frontend as load_frontend
     from seq2seq.runs import Run
@@ -237,26 +238,34 @@ def evaluate(
     package, task = load_frontend(name), opened.load_task()
     model = opened.load_model(package, task)
     examples, tokens = task.split(split), opened.options.tokens
-    options = DecodingOptions(beams=beams, length_penalty=length_penalty)
     trainer = package.Trainer(model, optax.identity())
+    said: list[tuple[int, ...]] = []
+    table = Table(title=f"{opened.task}, {split} split, {len(examples)} examples, in {name}", show_header=False)
     with console.status(f"evaluating {len(examples)} examples in {name}"):
         by_token = token_scores(trainer, task, task.pairs(split), tokens=tokens)
-        by_sequence = sequence_scores(package, model, task, examples, tokens=tokens, options=options)
-    how = "greedily" if beams == 1 else f"by {beams} beams"
-    table = Table(title=f"{opened.task}, {split} split, {len(examples)} examples, in {name}", show_header=False)
-    table.add_row("loss, nats a token", f"{by_token.loss:.4f}")
-    table.add_row("perplexity of a token", f"{math.exp(min(by_token.loss, 700)):.3f}")
-    table.add_row("token accuracy, teacher-forced", f"{by_token.accuracy:.2%}")
-    table.add_row(f"sequence accuracy, generated {how}", f"{by_sequence.sequence_accuracy:.2%}")
-    if task.measure == "phones":
-        table.add_row("word error rate (WER)", f"{by_sequence.word_error_rate:.2%}")
-        table.add_row("phone error rate (PER)", f"{by_sequence.symbol_error_rate:.2%}")
+        if task.measure == "classes":
+            table.add_row("loss, nats", f"{by_token.loss:.4f}")
+            table.add_row("accuracy", f"{by_token.accuracy:.2%}")
+            table.add_row(
+                "accuracy of logistic regression", f"{logistic_regression(task.split('train'), examples):.2%}"
+            )
+        else:
+            options = DecodingOptions(beams=beams, length_penalty=length_penalty)
+            found = sequence_scores(package, model, task, examples, tokens=tokens, options=options)
+            said, how = found.predictions, "greedily" if beams == 1 else f"by {beams} beams"
+            table.add_row("loss, nats a token", f"{by_token.loss:.4f}")
+            table.add_row("perplexity of a token", f"{math.exp(min(by_token.loss, 700)):.3f}")
+            table.add_row("token accuracy, teacher-forced", f"{by_token.accuracy:.2%}")
+            table.add_row(f"sequence accuracy, generated {how}", f"{found.sequence_accuracy:.2%}")
+            if task.measure == "phones":
+                table.add_row("word error rate (WER)", f"{found.word_error_rate:.2%}")
+                table.add_row("phone error rate (PER)", f"{found.symbol_error_rate:.2%}")
     if task.measure == "text":
-        for metric, found in text_scores(task, examples, by_sequence.predictions).items():
-            table.add_row(metric, f"{found.score:.2f}  {found.signature}")
+        for metric, text in text_scores(task, examples, said).items():
+            table.add_row(metric, f"{text.score:.2f}  {text.signature}")
     console.print(table)
     if predictions is not None:
-        predictions.write_text("".join(f"{task.target.decode(said)}\n" for said in by_sequence.predictions))
+        predictions.write_text("".join(f"{task.target.decode(symbols)}\n" for symbols in said))
 
 
 @app.command()
@@ -427,12 +436,7 @@ def compare(
 def task_config(task: "Task", **fields) -> TransformerConfig:
     """The configuration of a model for a task. UserError for what the fields may not be."""
     try:
-        return TransformerConfig(
-            source_vocab_size=len(task.source),
-            target_vocab_size=len(task.target),
-            max_length=task.buckets[-1],
-            **fields,
-        )
+        return TransformerConfig(**task.sizes(), max_length=task.buckets[-1], **fields)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -1,20 +1,23 @@
 """What a model learns from: a source and what counts as right, as numbers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
+
+Source = tuple[Any, ...]
+"""Numbers of symbols, or vectors of floats."""
 
 
 class Example(NamedTuple):
     """A source and every target that counts as right, without special symbols."""
 
-    source: tuple[int, ...]
+    source: Source
     targets: tuple[tuple[int, ...], ...]
 
 
 class Pair(NamedTuple):
     """One source and one of its targets."""
 
-    source: tuple[int, ...]
+    source: Source
     target: tuple[int, ...]
 
 

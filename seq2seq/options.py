@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from seq2seq.errors import UserError
 
+TASKS = ("copy", "reverse", "pronounce", "scan", "scan-length", "translate", "digits")
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
 NonFinite = Literal["skip", "stop"]
 

@@ -147,16 +147,21 @@ class Run:
 
     def load_model(self, frontend: Any, task: Task) -> Any:
         """The best model in a frontend. UserError if its weights are of another configuration or task."""
-        sizes = (self.config.source_vocab_size, self.config.target_vocab_size)
-        if sizes != (len(task.source), len(task.target)):
+        sizes = task.sizes()
+        own = {name: getattr(self.config, name) for name in sizes}
+        if own != sizes:
             raise UserError(
-                f"the model of {self.folder} has vocabularies of {sizes[0]} and {sizes[1]} symbols, "
-                f"the task {task.name} of {len(task.source)} and {len(task.target)}; train the run again"
+                f"the model of {self.folder} has {_listed(own)}, the task {task.name} {_listed(sizes)}; "
+                "train the run again"
             )
         try:
-            return frontend.from_weights(self.config, self.best_weights())
+            return frontend.from_weights(self.config, self.best_weights(), model_class=getattr(frontend, task.model))
         except ValueError as error:
             raise UserError(f"the checkpoint of {self.folder} does not fit its run.json: {error}") from None
+
+
+def _listed(sizes: Mapping[str, int | None]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _options(fields: dict[str, Any]) -> TrainingOptions:

@@ -9,15 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from seq2seq import scan
+from seq2seq import digits, scan
 from seq2seq.corpus import Corpus, Prepared, lengths
 from seq2seq.errors import UserError
 from seq2seq.examples import Example, Pairs
+from seq2seq.options import TASKS
 from seq2seq.splits import SPLITS, split_by_hash
 from seq2seq.vocabulary import SPECIAL, Symbols, Vocabulary
 
-TASKS = ("copy", "reverse", "pronounce", "scan", "scan-length", "translate")
-Measure = Literal["sequences", "phones", "text"]
+Measure = Literal["sequences", "phones", "text", "classes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Task:
     splits: Mapping[str, Sequence[Example]]
     buckets: tuple[int, ...]  # lengths to which batches are padded; the last one holds everything
     measure: Measure = "sequences"  # how what a model says is scored, beside whether it is right
+
+    @property
+    def model(self) -> str:
+        """The name of the class of model that learns it, in either frontend."""
+        return "Classifier" if self.measure == "classes" else "Transformer"
+
+    def sizes(self) -> dict[str, int]:
+        """What the configuration of a model must have."""
+        source = "source_features" if self.measure == "classes" else "source_vocab_size"
+        return {source: len(self.source), "target_vocab_size": len(self.target)}
 
     def split(self, name: str) -> Sequence[Example]:
         """The examples of train, validation or test."""
@@ -68,6 +78,9 @@ def load_task(name: str, *, data: Path | None = None, kept: Path | None = None) 
         return _translate(Prepared(data, kept=kept))
     if name == "pronounce":
         return _pronounce()
+    if name == "digits":
+        classes = Symbols("0123456789")
+        return Task(name, digits.Images(), classes, digits.splits(classes), (digits.PATCHES,), measure="classes")
     return _scan(name) if name in ("scan", "scan-length") else _sequences(name)
 
 

@@ -74,10 +74,11 @@ class _Training:
         sizes = {"tokens": options.tokens, "micro": options.accumulate, "seed": options.seed}
         self.data = endless_batches(task.pairs("train"), task.buckets, **sizes)
         found = run.latest()
+        self.model_class = getattr(frontend, task.model)
         if found is None:
-            model = frontend.init_transformer(run.config, seed=options.seed)
+            model = frontend.init_transformer(run.config, seed=options.seed, model_class=self.model_class)
         else:
-            model = frontend.from_weights(run.config, found.arrays["weights"])
+            model = frontend.from_weights(run.config, found.arrays["weights"], model_class=self.model_class)
         self.trainer = frontend.Trainer(
             model,
             make_optimizer(options),
@@ -137,7 +138,8 @@ class _Training:
         trainer, average = self.trainer, self.options.average
         if average:
             weights = averaged(trainer.optimizer_state())
-            trainer = self.frontend.Trainer(self.frontend.from_weights(self.run_.config, weights), optax.identity())
+            model = self.frontend.from_weights(self.run_.config, weights, model_class=self.model_class)
+            trainer = self.frontend.Trainer(model, optax.identity())
         scores = token_scores(trainer, self.task, self.validation, tokens=self.options.tokens)
         self.metrics.log(step=self.step, validation_loss=scores.loss, validation_accuracy=scores.accuracy)
         self.progress.console.print(

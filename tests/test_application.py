@@ -204,6 +204,22 @@ def test_a_translation_goes_on_where_it_stopped_and_its_curves_are_drawn(transla
     assert (code, "cannot be drawn" in printed) == (2, True)
 
 
+def test_digits_are_classified_alike_in_both_frontends_and_beside_a_baseline(isoformer, tmp_path):
+    run = tmp_path / "run"
+    options = ["--steps", 4, "--validate-every", 2, "--average", 0.5, *SMALL]
+    assert isoformer("train", "--task", "digits", "--frontend", "equinox", "--run", run, *options)[0] == 0
+    tables = []
+    for name in ("nnx", "equinox"):
+        code, printed = isoformer("evaluate", run, "--frontend", name, "--split", "validation")
+        assert code == 0
+        tables.append(re.findall(r"[\d.]+%?(?= │)", printed))
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 3
+    code, printed = isoformer("generate", run, "7")
+    assert (code, "classifies images, '7' is none" in printed) == (2, True)
+    assert isoformer("encodings", run, "--output", tmp_path / "pictures")[0] == 0
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -265,12 +281,18 @@ def run_with(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"d_model": 8}}, "has vocabularies of None and None symbols, the task copy of 23 and 23"),
+        (
+            {"config": {"d_model": 8}},
+            "has source_vocab_size=None, target_vocab_size=None, the task copy source_vocab_size=23",
+        ),
         ({"config": {"d_mdel": 8}}, "cannot be used: unknown configuration fields ['d_mdel']"),
         ({"options": {"speed": 8}}, "cannot be used: "),
         ({"task": "sing"}, "unknown task 'sing'"),
         ({"task": "[/sing]"}, "unknown task '[/sing]'"),
-        ({"task": "pronounce"}, "has vocabularies of 23 and 23 symbols, the task pronounce of 30 and 42"),
+        (
+            {"task": "pronounce"},
+            "the task pronounce source_vocab_size=30, target_vocab_size=42; train the run again",
+        ),
     ],
 )
 def test_a_run_of_another_kind_is_refused(changes, message, isoformer, tmp_path):

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from core.decoding import BOS, EOS, PAD
 from seq2seq import scan
 from seq2seq.batches import batch, batches, rows
+from seq2seq.digits import logistic_regression
 from seq2seq.errors import UserError
-from seq2seq.examples import Pair
+from seq2seq.examples import Example, Pair
 from seq2seq.tasks import load_task
 from tests.strategies import seeds
 
@@ -36,7 +38,7 @@ def test_pronounce_knows_a_word_with_two_pronunciations():
     assert spoken == {"R EH D", "R IY D"}
 
 
-@pytest.mark.parametrize("name", ["copy", "reverse", "pronounce"])
+@pytest.mark.parametrize("name", ["copy", "reverse", "pronounce", "scan", "digits"])
 def test_no_source_is_in_two_splits(name):
     sources = [{example.source for example in split} for split in task(name).splits.values()]
     assert all(sources)
@@ -144,3 +146,32 @@ def test_the_length_split_of_scan_trains_on_short_outputs_alone():
     by_chance = load_task("scan")
     assert {name: len(split) for name, split in by_chance.splits.items()}["test"] == pytest.approx(2091, abs=150)
     assert max(len(example.targets[0]) for example in by_chance.split("train")) == 48
+
+
+def test_the_patches_of_a_digit_are_its_pixels():
+    images, labels = load_digits(return_X_y=True)
+    known = {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    examples = [example for split in task("digits").splits.values() for example in split]
+    assert len(examples) == len(known) == 1797
+    for example in examples[::50]:
+        rows = np.array(example.source).reshape(4, 4, 2, 2)  # patch row, patch column, pixel row, pixel column
+        image = np.block([[rows[i, j] for j in range(4)] for i in range(4)])
+        assert task("digits").target.decode(example.targets[0]) == str(known[(16 * image).ravel().tobytes()])
+
+
+def test_a_batch_of_vectors_has_one_label_a_row():
+    made = batch([Pair(((0.5, 1.0), (0.25, 0.75)), (7,)), Pair(((0.125, 0.0),), (4,))], 3, 3)
+    assert made.source.tolist() == [[[0.5, 1.0], [0.25, 0.75], [0, 0]], [[0.125, 0.0], [0, 0], [0, 0]], [[0, 0]] * 3]
+    assert made.source_mask.tolist() == [[True, True, False], [True, False, False], [False] * 3]
+    assert made.labels.tolist() == [[7], [4], [PAD]]
+    assert made.target_mask.tolist() == [[True], [True], [False]]
+
+
+def test_logistic_regression_learns_what_a_line_can_tell_apart():
+    rng = np.random.default_rng(0)
+    made = [
+        Example(tuple(map(tuple, x.tolist())), ((3 + int(x.sum() > 0),),)) for x in rng.standard_normal((300, 4, 2))
+    ]
+    assert logistic_regression(made[:200], made[200:]) > 0.95
+    swapped = [Example(e.source, ((7 - e.targets[0][0],),)) for e in made[200:]]
+    assert logistic_regression(made[:200], swapped) < 0.05
