@@ -1,7 +1,7 @@
 """The same budget in PyTorch's `nn.Transformer`: `python -m bench.translate_torch RUN --seconds N`.
 
 RUN is a folder of `isoformer train --task translate`: its tokenizer, data, batches, options and first weights are
-taken, its seconds or steps are given.
+taken, its seconds or steps are given. Nothing else should run meanwhile: torch's threads wait for each other.
 """
 
 import dataclasses
@@ -135,7 +135,6 @@ def compare(
     first: Annotated[First, typer.Option(help="First weights: the run's own, or those torch draws.")] = First.OURS,
     split: Annotated[str, typer.Option(help="Which is translated in the end: validation or test.")] = "test",
     beams: Annotated[int, typer.Option(min=2, help="Hypotheses that are followed.")] = 4,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers by torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="As torch names it: cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's choice")] = None,
 ) -> None:
@@ -175,8 +174,6 @@ def compare(
         package = frontend(opened.frontend)
         load_weights(model, package.to_weights(package.init_transformer(opened.config, seed=options.seed)))
     model = model.to(device)
-    if compiled:
-        model.layers.compile()
     trainer = Trainer(model, options)
     sizes = {"tokens": options.tokens, "micro": options.accumulate, "seed": options.seed}
     batches = endless_batches(task.pairs("train"), task.buckets, **sizes)
@@ -190,7 +187,6 @@ def compare(
         "skipped_steps": trainer.skipped,
         "parameters": sum(p.numel() for p in model.parameters()),
         "first_weights": first.value,
-        "compiled": compiled,
         "translation": translation_scores(trainer.averaged, task, split, tokens=options.tokens, beams=beams),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
