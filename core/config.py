@@ -23,7 +23,8 @@ class TransformerConfig:
     `tie_embeddings`: the paper's "all" needs one vocabulary for both sides.
 
     Encoder-only models read `source_vocab_size`, decoder-only models `target_vocab_size`;
-    the encoder-decoder needs both. Raises ValueError naming the rule, the value and the remedy.
+    the encoder-decoder needs both. A classifier reads `source_features`, and `target_vocab_size`
+    is how many classes it knows. Raises ValueError naming the rule, the value and the remedy.
 
     >>> TransformerConfig(target_vocab_size=100, d_model=64, num_heads=4).head_dim
     16
@@ -31,6 +32,7 @@ class TransformerConfig:
 
     source_vocab_size: int | None = None
     target_vocab_size: int | None = None
+    source_features: int | None = None  # width of source vectors, for a model that reads vectors instead of tokens
     d_model: int = 512
     d_ff: int = 2048
     num_encoder_layers: int = 6
@@ -89,7 +91,7 @@ class TransformerConfig:
             _check_range(self, name, 1, math.inf)
         for name in ("num_encoder_layers", "num_decoder_layers", "history_length"):
             _check_range(self, name, 0, math.inf)
-        for name in ("source_vocab_size", "target_vocab_size", "num_kv_heads", "value_dim"):
+        for name in ("source_vocab_size", "target_vocab_size", "source_features", "num_kv_heads", "value_dim"):
             _check_range(self, name, 1, math.inf)
         for name in ("dropout_rate", "embedding_dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
             if getattr(self, name) is not None:
@@ -162,6 +164,13 @@ class TransformerConfig:
         if size is None:
             raise ValueError(f"this model needs {side}_vocab_size, got None; give it in the configuration")
         return size
+
+    @property
+    def source_width(self) -> int:
+        """Width P of a source vector; ValueError if the configuration has none."""
+        if self.source_features is None:
+            raise ValueError("this model needs source_features, got None; give it in the configuration")
+        return self.source_features
 
     def __repr__(self) -> str:
         """What differs from the defaults."""

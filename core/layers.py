@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from core.config import Activation, NormOrder, check_rate
+from core.config import Activation, FloatType, NormOrder, check_rate
 
 Aux = TypeVar("Aux")
 
@@ -144,6 +144,35 @@ def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
     dtype = wide_dtype(x)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def source_vectors(
+    source: Float[Array, "*B S P"], real: Bool[Array, "*B S"] | None = None, *, features: int, dtype: FloatType
+) -> Float[Array, "*B S P"]:
+    """What a model reads of vectors: in its dtype, and 0 where they are padding.
+
+    TypeError unless they are floating, ValueError unless they are `features` wide.
+    """
+    if not jnp.issubdtype(source.dtype, jnp.floating):
+        raise TypeError(f"source vectors must be floating, got {source.dtype}; scale pixels as in x / 255")
+    if source.ndim < 2 or source.shape[-1] != features:
+        raise ValueError(
+            f"source must be vectors [*B, S, P] with P = source_features = {features}, got {source.shape}; "
+            "reshape them or change the configuration"
+        )
+    return zero_padding(source, real).astype(jnp.dtype(dtype))
+
+
+def zero_padding(x: Float[Array, "*B S D"], real: Bool[Array, "*B S"] | None = None) -> Float[Array, "*B S D"]:
+    """x where it is real, else 0 without any gradient, NaN or not."""
+    return x if real is None else jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
+
+
+def masked_mean(x: Float[Array, "*B S D"], real: Bool[Array, "*B S"] | None = None) -> Float[Array, "*B D"]:
+    """The mean over the real positions, summed in at least float32; 0 if there are none."""
+    wide = zero_padding(x.astype(wide_dtype(x)), real)
+    count = x.shape[-2] if real is None else real.sum(axis=-1, keepdims=True)
+    return (wide.sum(axis=-2) / jnp.maximum(count, 1).astype(wide.dtype)).astype(x.dtype)
 
 
 def feed_forward(

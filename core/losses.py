@@ -10,9 +10,12 @@ from core.layers import check_tokens, wide_dtype
 
 
 class Batch(NamedTuple):
-    """Teacher forcing: `inputs` begins with BOS, `labels` is the same shifted left and ends with EOS."""
+    """Teacher forcing: `inputs` begins with BOS, `labels` is the same shifted left and ends with EOS.
 
-    source: Integer[Array, "*B S"]
+    A classifier's source is vectors, and its T is 1: one label an example.
+    """
+
+    source: Integer[Array, "*B S"] | Float[Array, "*B S P"]
     source_mask: Bool[Array, "*B S"]
     inputs: Integer[Array, "*B T"]
     labels: Integer[Array, "*B T"]

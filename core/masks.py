@@ -214,6 +214,7 @@ def padding(real: Bool[Array, "*B S"] | None, shape: tuple[int, ...]) -> Padding
     """`Padding` of tokens of that shape; None: all are real."""
     if real is None:
         return None
+    _check_bool("a padding mask", real, "use tokens != pad_id")
     _check_shape("a padding mask", real.shape, shape, "the shape of its tokens")
     return Padding(real)
 

@@ -8,10 +8,11 @@ from equinox_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionE
 from equinox_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
 from equinox_impl.stacks import Decoder, Encoder
 from equinox_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
-from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from equinox_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from equinox_impl.weights import from_weights, to_weights
 
 __all__ = [
+    "Classifier",
     "Decoder",
     "DecoderBlock",
     "DecoderOnlyTransformer",

@@ -1,6 +1,7 @@
 """Training and evaluating an Equinox model, in the idiom of the framework."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -13,20 +14,26 @@ from core.losses import Batch, Metrics, sequence_metrics
 from core.training import accumulated
 from core.weights import check_weights, dotted, owned
 from equinox_impl.decoding import evaluation
-from equinox_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from equinox_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from equinox_impl.weights import from_weights, to_weights
 
-Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer
+Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer | Classifier
+Kind = TypeVar("Kind", bound=Model)
 
 
 def loss_fn(
     model: Model, batch: Batch, key: PRNGKeyArray | None = None, *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs."""
+    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs.
+
+    A classifier has one label an example, labels and target mask `[*B, 1]`.
+    """
     if isinstance(model, EncoderOnlyTransformer):
         logits = model(batch.source, source_mask=batch.source_mask, key=key)
     elif isinstance(model, DecoderOnlyTransformer):
         logits = model(batch.inputs, target_mask=batch.target_mask, key=key)
+    elif isinstance(model, Classifier):
+        logits = model(batch.source, source_mask=batch.source_mask, key=key)[..., None, :]
     else:
         masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
         logits = model(batch.source, batch.inputs, **masks, key=key)
@@ -134,15 +141,16 @@ class Trainer:
         self.step = step
 
 
-def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
+def init_transformer(config: TransformerConfig, *, seed: int, model_class: type[Kind] = Transformer) -> Kind:
     """A new model; the same seed gives the same bits in both frontends."""
-    return Transformer(config, key=jax.random.key(seed))
+    return model_class(config, key=jax.random.key(seed))
 
 
 def functional_step(
     config: TransformerConfig,
     tx: optax.GradientTransformation,
     *,
+    model_class: type[Model] = Transformer,
     label_smoothing: float = 0.0,
     accumulate: bool = False,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
@@ -152,7 +160,7 @@ def functional_step(
     """
 
     def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
-        model = from_weights(config, weights)
+        model = from_weights(config, weights, model_class=model_class)
         opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
         filled = [state[name] for name in _opt_arrays(opt_state)]
         opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), filled)

@@ -8,10 +8,11 @@ from nnx_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbed
 from nnx_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
 from nnx_impl.stacks import Decoder, Encoder
 from nnx_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
-from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from nnx_impl.weights import from_weights, to_weights
 
 __all__ = [
+    "Classifier",
     "Decoder",
     "DecoderBlock",
     "DecoderOnlyTransformer",

@@ -1,6 +1,7 @@
 """Training and evaluating a Flax NNX model, in the idiom of the framework."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +15,26 @@ from core.training import accumulated
 from core.weights import check_weights, dotted, owned
 from nnx_impl.decoding import evaluation
 from nnx_impl.layers import Rngs, call_key
-from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from nnx_impl.weights import from_weights, to_weights
 
-Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer
+Model = Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer | Classifier
+Kind = TypeVar("Kind", bound=Model)
 
 
 def loss_fn(
     model: Model, batch: Batch, rngs: Rngs | None = None, *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs."""
+    """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs.
+
+    A classifier has one label an example, labels and target mask `[*B, 1]`.
+    """
     if isinstance(model, EncoderOnlyTransformer):
         logits = model(batch.source, source_mask=batch.source_mask, rngs=rngs)
     elif isinstance(model, DecoderOnlyTransformer):
         logits = model(batch.inputs, target_mask=batch.target_mask, rngs=rngs)
+    elif isinstance(model, Classifier):
+        logits = model(batch.source, source_mask=batch.source_mask, rngs=rngs)[..., None, :]
     else:
         masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
         logits = model(batch.source, batch.inputs, **masks, rngs=rngs)
@@ -56,7 +63,7 @@ def update(
 
         return jax.grad(objective, has_aux=True)(params)
 
-    stack = model.encoder if isinstance(model, EncoderOnlyTransformer) else model.decoder
+    stack = model.encoder if isinstance(model, EncoderOnlyTransformer | Classifier) else model.decoder
     key = call_key(rngs, stack.dropout)
     grads, metrics = accumulated(gradients, batch, key) if accumulate else gradients(batch, key)
     optimizer.update(model, grads)
@@ -113,15 +120,16 @@ class Trainer:
         self.rngs.dropout.count.set_value(jnp.uint32(step))
 
 
-def init_transformer(config: TransformerConfig, *, seed: int) -> Transformer:
+def init_transformer(config: TransformerConfig, *, seed: int, model_class: type[Kind] = Transformer) -> Kind:
     """A new model; the same seed gives the same bits in both frontends."""
-    return Transformer(config, rngs=nnx.Rngs(seed))
+    return model_class(config, rngs=nnx.Rngs(seed))
 
 
 def functional_step(
     config: TransformerConfig,
     tx: optax.GradientTransformation,
     *,
+    model_class: type[Model] = Transformer,
     label_smoothing: float = 0.0,
     accumulate: bool = False,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array], Metrics]]:
@@ -131,7 +139,7 @@ def functional_step(
     """
 
     def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
-        model = from_weights(config, weights)
+        model = from_weights(config, weights, model_class=model_class)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         for name, variable in _opt_variables(optimizer).items():
             variable[...] = state[name]

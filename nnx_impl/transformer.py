@@ -1,4 +1,4 @@
-"""The encoder-decoder, the encoder-only and the decoder-only model, as Flax NNX modules."""
+"""The encoder-decoder, the encoder-only, the decoder-only model and the classifier, as Flax NNX modules."""
 
 import functools
 from typing import Any
@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Integer
 from core.cache import DecoderCache
 from core.config import TransformerConfig
 from core.decoding import BOS, prefill, prompt_lengths
-from core.layers import site_keys
+from core.layers import masked_mean, site_keys, source_vectors
 from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
-from nnx_impl.layers import Embedding, Rngs, Unembedding, call_key
+from nnx_impl.layers import Embedding, Linear, Rngs, Unembedding, call_key
 from nnx_impl.stacks import Decoder, Encoder
 
 
@@ -262,3 +262,51 @@ class DecoderOnlyTransformer(nnx.Module):
     def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
         """Over the target vocabulary, by the tied table or by a projection of its own."""
         return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
+
+
+class Classifier(nnx.Module):
+    """An encoder of vectors, such as the patches of an image: logits over the classes, `target_vocab_size` of them.
+
+    Of the encoder's outputs it reads the mean over the real ones; a row that has none gets logits of 0.
+
+    >>> config = TransformerConfig(source_features=4, target_vocab_size=3, d_model=8, num_heads=2, d_ff=16)
+    >>> model = nnx.view(Classifier(config, rngs=nnx.Rngs(0)), deterministic=True)
+    >>> model(jnp.ones((1, 5, 4))).shape
+    (1, 3)
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        width, classes = config.source_width, config.vocab_size("target")
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs.fork())
+        self.output_proj = Unembedding(config.d_model, classes, param_dtype=config.param_dtype, rngs=rngs.fork())
+        self.source_proj = Linear(
+            width, config.d_model, param_dtype=config.param_dtype, axes=("in", "embed"), rngs=rngs.fork()
+        )
+
+    def __call__(
+        self,
+        source: Float[Array, "*B S P"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        rngs: Rngs | None = None,
+    ) -> Float[Array, "*B C"]:
+        """Logits of each row's class; the mask is True at real vectors, and what stands at others does not matter."""
+        return self.run(source, source_mask=source_mask, rngs=rngs)[0]
+
+    def run(
+        self,
+        source: Float[Array, "*B S P"],
+        *,
+        source_mask: Bool[Array, "*B S"] | None = None,
+        return_weights: bool = False,
+        rngs: Rngs | None = None,
+    ) -> tuple[Float[Array, "*B C"], dict[str, Any]]:
+        """The same, and if asked for every attention's weights by the name of its module."""
+        mask = padding(source_mask, source.shape[:-1])
+        vectors = source_vectors(source, source_mask, features=self.config.source_width, dtype=self.config.dtype)
+        x, extras = self.encoder.run(
+            self.source_proj(vectors), mask=mask, return_weights=return_weights, rngs=rngs
+        )  # fmt: skip
+        logits = self.output_proj(masked_mean(x, source_mask))
+        return logits, {f"encoder.{name}": value for name, value in extras.items()}

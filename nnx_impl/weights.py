@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from core.config import TransformerConfig
 from core.weights import check_weights, owned
-from nnx_impl.transformer import DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
+from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 
-Model = TypeVar("Model", Transformer, EncoderOnlyTransformer, DecoderOnlyTransformer)
+Model = TypeVar("Model", bound=Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer | Classifier)
 
 
 def to_weights(model: nnx.Module) -> dict[str, Array]:

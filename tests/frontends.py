@@ -17,6 +17,7 @@ FRONTENDS = {"nnx": nnx_impl, "equinox": equinox_impl}
 CONFIG = TransformerConfig(
     source_vocab_size=11,
     target_vocab_size=13,
+    source_features=3,
     d_model=8,
     num_heads=2,
     d_ff=16,
@@ -60,18 +61,35 @@ def random_batch(
     return Batch(tokens(source, S), ragged(S), tokens(target, T), tokens(target, T), ragged(T))
 
 
+def random_examples(
+    config: TransformerConfig, seed: int, *, batch: tuple[int, ...] = (2,), length: int = 5, anywhere: bool = False
+) -> Batch:
+    """For a classifier: ragged rows of vectors, or padding anywhere in them; a row or a label may be missing."""
+    rng = np.random.default_rng(seed)
+    source = jnp.asarray(rng.standard_normal((*batch, length, config.source_width)), jnp.float32)
+    ragged = np.arange(length) < rng.integers(0, length + 1, (*batch, 1))
+    mask = jnp.asarray(rng.random((*batch, length)) < 0.6 if anywhere else ragged)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size("target"), (2, *batch, 1)), jnp.int32)
+    return Batch(source, mask, *tokens, jnp.asarray(rng.random((*batch, 1)) < 0.8))
+
+
 def optimizer() -> optax.GradientTransformation:
     """With all that sums over the whole tree."""
     return optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=1e-2))
 
 
-def logits(package: Any, config: TransformerConfig, weights: dict[str, Array], batch: Batch, key=None) -> Array:
-    """Of the encoder-decoder; with a key in training mode."""
-    model = package.from_weights(config, weights)
-    masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+def logits(
+    package: Any, config: TransformerConfig, weights: dict[str, Array], batch: Batch, key=None,
+    *, model_class: str = "Transformer",
+) -> Array:  # fmt: skip
+    """Of the encoder-decoder, or of the classifier; with a key in training mode."""
+    model = package.from_weights(config, weights, model_class=getattr(package, model_class))
+    inputs, masks = (batch.source,), {"source_mask": batch.source_mask}
+    if model_class == "Transformer":
+        inputs, masks = (*inputs, batch.inputs), masks | {"target_mask": batch.target_mask}
     if key is None:
-        return package.evaluation(model)(batch.source, batch.inputs, **masks)
-    return model(batch.source, batch.inputs, **masks, **{"rngs" if package is nnx_impl else "key": key})
+        return package.evaluation(model)(*inputs, **masks)
+    return model(*inputs, **masks, **{"rngs" if package is nnx_impl else "key": key})
 
 
 def same_bits(a: Any, b: Any) -> bool:

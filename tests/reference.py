@@ -332,6 +332,18 @@ def decoder_only(w, config, tokens, mask=None, segments=None, prefix=None):
     return _one_stack(w, config, tokens, mask, segments, "decoder", config.num_decoder_layers, prefix)
 
 
+def classifier(w, config, source, mask=None):
+    """Logits `[*B, C]` of vectors `[*B, S, P]`: of the mean of the encoder's outputs at real ones; 0 if none is."""
+    logits = np.zeros((*source.shape[:-2], config.target_vocab_size))
+    for b in np.ndindex(source.shape[:-2]):
+        real, x = row(mask, b), linear(below(w, "source_proj"), source[b])
+        x, _ = stack(below(w, "encoder"), config, config.num_encoder_layers, x, real, False)
+        read = [vector for s, vector in enumerate(x) if real is None or real[s]]
+        if read:
+            logits[b] = (sum(read) / len(read)) @ w["output_proj.kernel"]
+    return logits
+
+
 def _one_stack(w, config, tokens, mask, segments, name, layers, prefix=None):
     table = w["embedding.embedding"]
     output = w["output_proj.kernel"] if config.tie_embeddings == "none" else table.T

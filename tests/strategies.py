@@ -60,6 +60,7 @@ def configs(draw, **fixed) -> TransformerConfig:
     fields = {
         "source_vocab_size": 11,
         "target_vocab_size": 13,
+        "source_features": 3,
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": draw(st.sampled_from([None, 1, max(1, heads // 2)])),

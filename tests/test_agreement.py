@@ -16,12 +16,22 @@ import equinox_impl.blocks
 import equinox_impl.layers
 import equinox_impl.stacks
 import equinox_impl.training
+import equinox_impl.transformer
 import nnx_impl
 from core.config import TransformerConfig
 from core.constraints import Constraints
 from core.identity import dataflow_difference, program_text
 from core.sampling import Sampling
-from tests.frontends import CONFIG, FRONTENDS, logits, optimizer, random_batch, random_weights, same_bits
+from tests.frontends import (
+    CONFIG,
+    FRONTENDS,
+    logits,
+    optimizer,
+    random_batch,
+    random_examples,
+    random_weights,
+    same_bits,
+)
 from tests.strategies import configs, seeds
 
 batches = st.sampled_from([(2,), (), (2, 1)])
@@ -29,24 +39,26 @@ batches = st.sampled_from([(2,), (), (2, 1)])
 few = partial(settings, phases=[Phase.explicit, Phase.generate])
 
 
-def forward(package, config):
-    return lambda weights, batch: logits(package, config, weights, batch)
+def forward(package, config, kind="Transformer"):
+    return lambda weights, batch: logits(package, config, weights, batch, model_class=kind)
 
 
-def forward_with_dropout(package, config):
-    return lambda weights, batch: logits(package, config, weights, batch, key=jax.random.key(1))
+def forward_with_dropout(package, config, kind="Transformer"):
+    return lambda weights, batch: logits(package, config, weights, batch, key=jax.random.key(1), model_class=kind)
 
 
-def gradient(package, config):
+def gradient(package, config, kind="Transformer"):
     def loss(weights, batch):
-        return package.loss_fn(package.evaluation(package.from_weights(config, weights)), batch)[0]
+        model = package.from_weights(config, weights, model_class=getattr(package, kind))
+        return package.loss_fn(package.evaluation(model), batch)[0]
 
     return jax.grad(loss)
 
 
-def gradient_with_dropout(package, config):
+def gradient_with_dropout(package, config, kind="Transformer"):
     def loss(weights, batch):
-        return package.loss_fn(package.from_weights(config, weights), batch, jax.random.key(1), label_smoothing=0.1)[0]
+        model = package.from_weights(config, weights, model_class=getattr(package, kind))
+        return package.loss_fn(model, batch, jax.random.key(1), label_smoothing=0.1)[0]
 
     return jax.grad(loss)
 
@@ -69,18 +81,21 @@ def generation(package, config):
     return generate
 
 
-PROGRAMS = [forward, gradient, decode_step, forward_with_dropout, gradient_with_dropout]
+CLASSIFIER_PROGRAMS = [forward, gradient, forward_with_dropout, gradient_with_dropout]
+PROGRAMS = [*CLASSIFIER_PROGRAMS, decode_step]
 
 
-def texts(program, config, weights, batch):
-    return [program_text(program(package, config), weights, batch) for package in FRONTENDS.values()]
+def texts(program, config, weights, batch, **kind):
+    return [program_text(program(package, config, **kind), weights, batch) for package in FRONTENDS.values()]
 
 
-def train_step_difference(config, weights, batch, **options):
+def train_step_difference(config, weights, batch, kind="Transformer", **options):
     steps = []
     with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
         for package in FRONTENDS.values():
-            state = package.Trainer(package.from_weights(config, weights), optimizer()).optimizer_state()
+            options["model_class"] = getattr(package, kind)
+            model = package.from_weights(config, weights, model_class=options["model_class"])
+            state = package.Trainer(model, optimizer()).optimizer_state()
             step = package.functional_step(config, optimizer(), label_smoothing=0.1, **options)
             steps.append(jax.make_jaxpr(step)(weights, state, batch, jax.random.key(2), jnp.uint32(3)))
     return dataflow_difference(*steps)
@@ -119,6 +134,26 @@ def test_encoder_only_and_decoder_only_models_lower_to_the_same_text(config, dat
 
             found.append(program_text(program, weights))
         assert found[0] == found[1], f"{name} of {config} differs"
+
+
+@given(config=configs(dropout_rate=0.25), batch=batches, seed=seeds)
+@few(max_examples=6)
+def test_classifiers_lower_to_the_same_text(config, batch, seed):
+    """And in tree mode to the same once more."""
+    weights, data = random_weights(config, 0, model_class="Classifier"), random_examples(config, seed, batch=batch)
+    for program in CLASSIFIER_PROGRAMS:
+        first, second = texts(program, config, weights, data, kind="Classifier")
+        assert first == second, f"{program.__name__} of {config} differs"
+        with nnx_mode(graph=False):
+            assert program_text(program(nnx_impl, config, "Classifier"), weights, data) == first, config
+
+
+@given(config=configs(dropout_rate=0.25), seed=seeds, accumulate=st.booleans())
+@few(max_examples=5)
+def test_train_steps_of_classifiers_are_the_same_dataflow(config, seed, accumulate):
+    weights = random_weights(config, 0, model_class="Classifier")
+    data = random_examples(config, seed, batch=(3, 2) if accumulate else (2,))
+    assert train_step_difference(config, weights, data, "Classifier", accumulate=accumulate) is None, config
 
 
 def packed(package, config):
@@ -213,12 +248,34 @@ def test_outputs_gradients_and_generated_tokens_are_equal_in_bits(config, batch,
         assert same_bits(first, second), f"{program.__name__} of {config} differs"
 
 
+KINDS = ["Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer", "Classifier"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(config=configs(), seed=st.integers(0, 2**31))
-@few(max_examples=5)
-def test_one_seed_initialises_the_same_bits(config, seed):
-    first, second = (package.to_weights(package.init_transformer(config, seed=seed)) for package in FRONTENDS.values())
+@few(max_examples=3)
+def test_one_seed_initialises_the_same_bits(kind, config, seed):
+    models = [
+        package.init_transformer(config, seed=seed, model_class=getattr(package, kind))
+        for package in FRONTENDS.values()
+    ]
+    assert [type(model).__name__ for model in models] == [kind] * 2
+    first, second = (package.to_weights(model) for package, model in zip(FRONTENDS.values(), models, strict=True))
     assert list(first) == list(second)
     assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(config=configs(), seed=seeds)
+@few(max_examples=3)
+def test_weights_go_from_each_frontend_to_the_other_and_back(kind, config, seed):
+    weights = random_weights(config, seed, model_class=kind)
+    for order in (list(FRONTENDS.values()), list(FRONTENDS.values())[::-1]):
+        passed = weights
+        for package in order:
+            passed = package.to_weights(package.from_weights(config, passed, model_class=getattr(package, kind)))
+        assert list(passed) == list(weights)
+        assert same_bits(passed, weights)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph mode", "tree mode"])
@@ -243,6 +300,23 @@ def test_twenty_training_steps_are_equal_in_bits(graph, config):
     assert same_bits(*states)
     assert same_bits(*evaluated)
     assert not same_bits(weights, after[0])
+
+
+@given(config=configs(dropout_rate=0.25), seed=seeds)
+@few(max_examples=2)
+def test_classifiers_train_in_equal_bits(config, seed):
+    weights, trainers = random_weights(config, seed, model_class="Classifier"), []
+    with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
+        for package in FRONTENDS.values():
+            model = package.from_weights(config, weights, model_class=package.Classifier)
+            trainers.append(package.Trainer(model, optimizer(), seed=7, label_smoothing=0.1))
+        for step in range(5):
+            data = random_examples(config, step)
+            assert same_bits(*(trainer.train(data) for trainer in trainers)), f"step {step} of {config}"
+        assert same_bits(*(trainer.evaluate(data) for trainer in trainers))
+    first, second = (p.to_weights(trainer.model) for p, trainer in zip(FRONTENDS.values(), trainers, strict=True))
+    assert same_bits(first, second)
+    assert not same_bits(first, weights)
 
 
 @given(config=configs(), seed=seeds)
@@ -316,6 +390,24 @@ def test_one_changed_line_breaks_the_identity(change, monkeypatch):
     monkeypatch.setattr(module, name, with_change)
     assert train_step_difference(CHANGE_CONFIG, weights, data) is not None
     first, second = texts(gradient_with_dropout, CHANGE_CONFIG, weights, data)
+    assert first != second
+
+
+CLASSIFIER_CHANGES = {
+    "the mean of all": (equinox_impl.transformer, "masked_mean", lambda mean: lambda x, real: mean(x)),
+    "padding read": (equinox_impl.transformer, "source_vectors", lambda read: lambda x, real, **how: read(x, **how)),
+    "attention to padding": (equinox_impl.transformer, "padding", lambda _: lambda real, shape: None),
+}
+
+
+@pytest.mark.parametrize("change", CLASSIFIER_CHANGES)
+def test_one_changed_line_of_the_classifier_breaks_the_identity(change, monkeypatch):
+    config = CHANGE_CONFIG.replace(source_features=3)
+    weights, data = random_weights(config, 0, model_class="Classifier"), random_examples(config, 0)
+    module, name, changed = CLASSIFIER_CHANGES[change]
+    monkeypatch.setattr(module, name, changed(getattr(module, name)))
+    assert train_step_difference(config, weights, data, "Classifier") is not None
+    first, second = texts(forward, config, weights, data, kind="Classifier")
     assert first != second
 
 

@@ -16,7 +16,7 @@ nan, inf = float("nan"), float("inf")
 BAD = [
     *[({name: value}, f"{name} must be at least 1 and finite, got {value}")
       for name in ("d_model", "num_heads", "d_ff", "max_length", "source_vocab_size", "target_vocab_size",
-                   "num_kv_heads", "value_dim", "relative_distance", "rotary_original_length")
+                   "source_features", "num_kv_heads", "value_dim", "relative_distance", "rotary_original_length")
       for value in (0, -2)],
     *[({name: -1}, f"{name} must be at least 0 and finite, got -1")
       for name in ("num_encoder_layers", "num_decoder_layers", "history_length")],
@@ -33,7 +33,8 @@ BAD = [
                    "relative_distance", "relative_buckets", "rotary_original_length", "history_length")
       for value in (8.0, "8", None, True)],
     *[({name: value}, f"{name} must be int or None, got {value!r}")
-      for name in ("source_vocab_size", "target_vocab_size", "num_kv_heads", "value_dim", "rotary_dim")
+      for name in ("source_vocab_size", "target_vocab_size", "source_features", "num_kv_heads", "value_dim",
+                   "rotary_dim")
       for value in (8.0, "8", False)],
     *[({name: value}, f"{name} must be float or int, got {value!r}")
       for name in ("dropout_rate", "attention_dropout_rate", "norm_epsilon", "rotary_theta", "rotary_factor",
@@ -107,6 +108,7 @@ def test_the_defaults_are_the_base_model_of_2017():
 def test_what_was_invented_later_is_off_unless_asked_for():
     config = TransformerConfig()
     assert config.attention_scale is config.attention_soft_cap is config.attention_window is config.rotary_dim is None
+    assert config.source_features is None
     assert not any((config.attention_sinks, config.qk_norm, config.history_length, config.stochastic_depth_rate))
     assert (config.rotary_layout, config.rotary_scaling, config.rotary_factor) == ("half", "none", 1.0)
     assert (config.relative_distance, config.relative_buckets) == (128, 32)  # T5's
@@ -116,6 +118,7 @@ def test_what_was_invented_later_is_off_unless_asked_for():
 @pytest.mark.parametrize(
     "fields",
     [
+        {"source_features": 1},
         {"positions": "t5", "relative_buckets": 4, "relative_distance": 3},
         {"positions": "shaw", "relative_buckets": 1, "relative_distance": 1},
         {"positions": "rotary", "rotary_dim": 2, "rotary_factor": 1},
@@ -243,6 +246,13 @@ def test_a_vocabulary_that_is_not_there_is_named(side):
     assert config.vocab_size(other) == 7
     with pytest.raises(ValueError, match=f"this model needs {side}_vocab_size, got None; give it in the configuration"):
         config.vocab_size(side)
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_the_width_of_source_vectors_is_named_where_it_is_not_there(width):
+    assert TransformerConfig(source_features=width).source_width == width
+    with pytest.raises(ValueError, match="this model needs source_features, got None; give it in the configuration"):
+        _ = TransformerConfig(source_vocab_size=width, target_vocab_size=width).source_width
 
 
 def test_numpy_numbers_are_refused_by_name(untyped):

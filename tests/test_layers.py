@@ -25,12 +25,15 @@ from core.layers import (
     kernel_init,
     layer_norm,
     linear,
+    masked_mean,
     relative_init,
     residual,
     rms_norm,
     site_keys,
+    source_vectors,
     stochastic_depth,
     unembed,
+    zero_padding,
 )
 from tests.strategies import seeds
 
@@ -74,6 +77,89 @@ def test_a_rate_of_zero_draws_nothing(drop):
 
 def test_the_first_and_the_last_token_are_tokens():
     check_tokens(jnp.asarray([[0, 6]]), 7, "tokens")
+
+
+def poisoned(batch, length, seed, dtype="float32"):
+    """Vectors, which of them are real, and both once more with NaN and infinity at the others."""
+    (x,), rng = drawn(seed, (*batch, length, 3), dtype=dtype), np.random.default_rng(seed)
+    real = rng.random((*batch, length)) < rng.choice([0.0, 0.5, 1.0], (*batch, 1))
+    junk = np.resize([np.nan, np.inf, -np.inf], x.shape).astype(dtype)
+    return x, jnp.asarray(real), jnp.where(real[..., None], x, junk)
+
+
+@given(leading, st.sampled_from([4, 1, 0]), seeds)
+def test_the_masked_mean_is_that_of_the_real_positions_whatever_stands_at_others(batch, length, seed):
+    x, real, foul = poisoned(batch, length, seed)
+    wanted = np.zeros((*batch, 3))
+    for row in np.ndindex(batch):
+        if np.any(real[row]):
+            wanted[row] = np.asarray(x[row], "float64")[np.asarray(real[row])].mean(axis=0)
+    got = masked_mean(foul, real)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+    exactly(got, masked_mean(x, real))
+    exactly(np.asarray(got)[~np.any(real, axis=-1)], np.zeros_like(wanted, "float32")[~np.any(real, axis=-1)])
+    exactly(masked_mean(x), masked_mean(x, jnp.ones_like(real)))
+
+
+@given(leading, seeds)
+def test_the_gradient_of_a_masked_mean_is_each_real_positions_share(batch, seed):
+    _, real, foul = poisoned(batch, 4, seed)
+    gradient = jax.grad(lambda x: (masked_mean(x, real) * jnp.arange(1.0, 4.0).reshape((1,) * len(batch) + (3,))).sum())
+    share = np.asarray(real) / np.maximum(np.asarray(real).sum(axis=-1, keepdims=True), 1)
+    np.testing.assert_allclose(gradient(foul), share[..., None] * np.arange(1, 4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_masked_mean_of_sixteen_bits_is_rounded_once(dtype):
+    x, real, _ = poisoned((16,), 500, 1, dtype)
+    got = masked_mean(x, real)
+    exactly(got, masked_mean(x.astype(jnp.float32), real).astype(dtype))
+    assert np.any(got)
+
+
+def test_a_masked_mean_of_float64_stays_float64(x64):
+    x, real, _ = poisoned((16,), 4, 2, "float64")
+    wanted = (np.asarray(x) * np.asarray(real)[..., None]).sum(-2) / np.maximum(np.asarray(real).sum(-1), 1)[..., None]
+    np.testing.assert_allclose(masked_mean(x, real), wanted, rtol=1e-15, atol=1e-16, strict=True)
+
+
+@given(leading, seeds)
+def test_padding_is_zero_and_takes_no_gradient(batch, seed):
+    x, real, foul = poisoned(batch, 4, seed)
+    wanted = np.where(np.asarray(real)[..., None], x, np.float32(0))
+    exactly(np.asarray(zero_padding(foul, real)), wanted)
+    assert zero_padding(foul) is foul
+    gradient = jax.grad(lambda x: (zero_padding(x, real) * x).sum())(x)
+    np.testing.assert_array_equal(gradient, 2 * wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(batch=leading, seed=seeds)
+def test_source_vectors_are_read_in_the_models_type_with_zeros_for_padding(batch, seed, dtype):
+    x, real, foul = poisoned(batch, 4, seed)
+    got = source_vectors(foul, real, features=3, dtype=dtype)
+    exactly(np.asarray(got), np.where(np.asarray(real)[..., None], np.asarray(x.astype(dtype)), jnp.zeros((), dtype)))
+    exactly(source_vectors(x.astype(jnp.float16), features=3, dtype=dtype), x.astype(jnp.float16).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (
+            np.zeros((2, 3), "uint8"),
+            TypeError,
+            "source vectors must be floating, got uint8; scale pixels as in x / 255",
+        ),
+        (np.zeros((2, 3), "int32"), TypeError, "source vectors must be floating, got int32"),
+        (np.zeros((2, 4), "float32"), ValueError, r"P = source_features = 3, got \(2, 4\); reshape them or change the"),
+        (np.zeros((2, 1), "float32"), ValueError, r"vectors \[\*B, S, P\] with P = source_features = 3, got \(2, 1\)"),
+        (np.zeros(3, "float32"), ValueError, r"source must be vectors .* got \(3,\)"),
+        (np.zeros((), "float32"), ValueError, r"source must be vectors .* got \(\)"),
+    ],
+)
+def test_source_vectors_of_another_kind_are_refused(source, error, message, untyped):
+    with pytest.raises(error, match=message):
+        source_vectors(jnp.asarray(source), features=3, dtype="float32")
 
 
 def test_initial_parameters_have_the_variance_that_is_said():

@@ -486,6 +486,7 @@ BAD = {
         ValueError,
         r"\[\*B, S\], here \(2, 4\), got \(2, 3\)",
     ),
+    "integer padding of tokens": (lambda: padding(IDS, (2, 3)), TypeError, "a padding mask must be bool.*got int32"),
     "padding of other tokens": (
         lambda: padding(TRUE, (2, 4)),
         ValueError,

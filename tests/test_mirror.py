@@ -73,7 +73,7 @@ def test_both_take_the_same_arguments():
 @given(config=configs())
 @settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
 def test_both_have_the_same_names_shapes_and_leaf_order(config):
-    for name in ("Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer"):
+    for name in ("Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer", "Classifier"):
         first, second = (shapes(package, name, config) for package in (nnx_impl, equinox_impl))
         assert first == second
         assert [key for key, *_ in first] == sorted((key for key, *_ in first), key=natural)

@@ -180,6 +180,14 @@ def test_parameters_carry_the_names_of_their_axes():
     assert specs["target_embedding.embedding"] == jax.sharding.PartitionSpec("vocab", "embed")
 
 
+def test_parameters_of_a_classifier_carry_the_names_of_their_axes():
+    state = nnx.state(nnx_impl.Classifier(CONFIG, rngs=nnx.Rngs(0)))
+    specs = {path[-2:]: tuple(p.get_value()) for path, p in nnx.to_flat_state(nnx.get_partition_spec(state))}
+    assert specs["source_proj", "kernel"] == ("in", "embed")
+    assert specs["source_proj", "bias"] == ("embed",)
+    assert specs["output_proj", "kernel"] == ("embed", "vocab")
+
+
 def test_new_parameters_carry_the_names_of_their_axes():
     specs = {}
     for config in LEARNED_DISTANCES.values():

@@ -22,7 +22,7 @@ from core.losses import Batch, cross_entropy
 from core.positions import sinusoidal
 from core.rotary import rotary
 from tests import reference
-from tests.frontends import CONFIG, FRONTENDS
+from tests.frontends import CONFIG, FRONTENDS, random_examples
 from tests.strategies import attention_shapes, bool_mask, configs, qkv, seeds
 
 S, T = 5, 4
@@ -103,9 +103,9 @@ def logits(frontend, model, config, weights, *tokens, **masks):
     return rebuilt(frontend, model, config, weights)(*tokens, **masks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="label_smoothing")
-def loss(frontend, config, weights, batch, *, label_smoothing):
-    model = rebuilt(frontend, "Transformer", config, weights)
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("label_smoothing", "model"))
+def loss(frontend, config, weights, batch, *, label_smoothing, model="Transformer"):
+    model = rebuilt(frontend, model, config, weights)
     return frontend.loss_fn(model, batch, label_smoothing=label_smoothing)[0]
 
 
@@ -153,6 +153,37 @@ def test_one_stack_logits_equal_the_oracle(side, packed, data, batch, seed):
             how = {f"{name}_mask": mask, f"{name}_segments": ids}
             got = logits(frontend, model, config, weights, tokens, **how)
             assert_equals(exact, got, depth=2, context=(package, config))
+
+
+@every_position
+@given(data=st.data(), batch=batches, seed=seeds)
+@one
+def test_classifier_logits_equal_the_oracle_whatever_stands_at_padding(positions, data, batch, seed):
+    """The oracle reads 0 there, the models NaN and infinity."""
+    with jax.enable_x64(True):
+        config = draw_config(data, seed, positions=positions, source_features=4)
+        mask, weights = data.draw(texts(batch, S, 2)).mask, random_weights(config, seed, "Classifier")
+        (source,), real = normals(seed, (*batch, S, 4)), np.True_ if mask is None else mask[..., None]
+        exact = reference.classifier(weights, config, np.where(real, source, 0.0), mask)
+        foul = jnp.asarray(np.where(real, source, np.resize([np.nan, np.inf, -np.inf], source.shape)))
+        for name, frontend in FRONTENDS.items():
+            got = logits(frontend, "Classifier", config, weights, foul, source_mask=mask)
+            assert_equals(exact, got, depth=config.num_encoder_layers, context=(name, config))
+
+
+@given(data=st.data(), batch=batches, seed=seeds, label_smoothing=st.sampled_from([0.1, 0.0]))
+@one
+def test_the_loss_of_a_classifier_equals_the_oracle(data, batch, seed, label_smoothing):
+    with jax.enable_x64(True):
+        config = draw_config(data, seed)
+        weights, examples = random_weights(config, seed, "Classifier"), random_examples(config, seed, batch=batch)
+        scores = reference.classifier(weights, config, np.float64(examples.source), examples.source_mask)
+        exact = reference.cross_entropy(
+            scores[..., None, :], np.asarray(examples.labels), np.asarray(examples.target_mask), label_smoothing
+        )
+        for name, frontend in FRONTENDS.items():
+            got = loss(frontend, config, weights, examples, label_smoothing=label_smoothing, model="Classifier")
+            assert_equals(exact, got, depth=config.num_encoder_layers, context=(name, config))
 
 
 @every_position
