@@ -41,7 +41,7 @@ def penalised(
     """The logits of token number `index`, those of tokens that came before made smaller (Keskar et al. 2019)."""
     if rules.repetition_penalty == 1:
         return logits
-    came = _any_of(tokens, jnp.arange(tokens.shape[-1]) < index, logits.shape[-1])
+    came = _any_of(tokens, jnp.arange(tokens.shape[-1], dtype=jnp.int32) < index, logits.shape[-1])
     lower = jnp.where(logits > 0, logits / rules.repetition_penalty, logits * rules.repetition_penalty)
     return jnp.where(came, lower, logits)
 
@@ -59,17 +59,16 @@ def forbid(
     vocab = scores.shape[-1]
     ids = _broadcast(jnp.arange(vocab, dtype=jnp.int32), scores.shape)
     if rules.banned or rules.min_length or rules.no_repeat_ngram:
-        allowed = ~jnp.isin(ids, jnp.asarray(rules.banned, jnp.int32)) if rules.banned else jnp.ones(ids.shape, bool)
-        if rules.min_length:
-            allowed &= (ids != eos_id) | (index >= rules.min_length)
+        allowed = ~jnp.isin(ids, jnp.asarray(rules.banned, jnp.int32))
+        allowed &= (ids != eos_id) | (index >= rules.min_length)
         if rules.no_repeat_ngram:
             allowed &= ~_would_repeat(tokens, index, rules.no_repeat_ngram, vocab)
         allowed |= ~allowed.any(axis=-1, keepdims=True) & (ids == eos_id)
     else:
         allowed = None
     if forced is not None and forced.shape[-1]:
-        now = jnp.take(forced, jnp.minimum(index, forced.shape[-1] - 1), axis=-1)[..., None]
-        now = _broadcast(jnp.where(index < forced.shape[-1], now, -1), scores.shape)
+        now = jnp.take(forced.astype(jnp.int32), index, axis=-1, mode="fill", fill_value=-1)[..., None]
+        now = _broadcast(now, scores.shape)
         allowed = jnp.where(now < 0, True if allowed is None else allowed, ids == now)
     return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
 
@@ -78,11 +77,10 @@ def _would_repeat(tokens: Array, index: Array, n: int, vocab_size: int) -> Bool[
     """The tokens that would complete n tokens which are there already."""
     length = tokens.shape[-1]
     starts = max(length - n + 1, 0)  # of all windows of n tokens
-    last = jnp.arange(starts) + n - 1 < index  # those that lie in what is there
-    recent = jnp.take(tokens, jnp.clip(index - n + 1 + jnp.arange(n - 1), 0, length - 1), axis=-1)
-    same = _broadcast(last & (index >= n - 1), (*tokens.shape[:-1], starts))
+    there = jnp.arange(starts, dtype=jnp.int32) + n - 1 < index  # they lie in what has come; none before token n
+    same = _broadcast(there, (*tokens.shape[:-1], starts))
     for i in range(n - 1):
-        same &= tokens[..., i : i + starts] == recent[..., i : i + 1]
+        same &= tokens[..., i : i + starts] == jnp.take(tokens, index - n + 1 + i, axis=-1)[..., None]
     return _any_of(tokens[..., length - starts :], same, vocab_size)
 
 

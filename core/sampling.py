@@ -63,16 +63,16 @@ def draw(logits: Float[Array, "*B V"], keys: Key[Array, "*B"], sampling: Samplin
 def kept_tokens(logits: Float[Array, "*B V"], sampling: Sampling) -> Bool[Array, "*B V"]:
     """What top_k, top_p and min_p leave; the likeliest token is always among it. Of equals the lowest ids stay."""
     kept = logits > -jnp.inf
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+    if sampling.top_k is not None:
         kept &= _rank(logits) < sampling.top_k
     if sampling.top_p is not None:
         probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf))
-        order = jnp.argsort(-probability, axis=-1, stable=True)
-        descending = jnp.take_along_axis(probability, order, axis=-1)
+        order = jnp.argsort(-probability)  # stable, so that equals stay in their order
+        descending = jnp.take_along_axis(probability, order)
         before = jnp.cumsum(descending, axis=-1) - descending
         enough = jnp.asarray(sampling.top_p, logits.dtype)
         in_order = (before < enough) | (enough >= 1)
-        kept &= jnp.take_along_axis(in_order, jnp.argsort(order, axis=-1), axis=-1)
+        kept &= jnp.take_along_axis(in_order, jnp.argsort(order))
     if sampling.min_p is not None:
         lowest = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.asarray(sampling.min_p, logits.dtype))
         kept &= logits >= lowest
@@ -88,7 +88,7 @@ def row_keys(key: Key[Array, "..."], batch: tuple[int, ...]) -> Key[Array, "..."
         return key
     if key.shape:
         raise ValueError(f"sampling takes one key or one for each row, {batch}, got keys of shape {key.shape}")
-    rows = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
+    rows = jnp.arange(math.prod(batch)).reshape(batch)
     return by_row(lambda row: jax.random.fold_in(key, row))(rows)
 
 
@@ -106,4 +106,4 @@ def by_row(function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _rank(logits: Array) -> Integer[Array, "*B V"]:
     """0 for the likeliest token, 1 for the next; of equals the lowest id first."""
-    return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)
+    return jnp.argsort(jnp.argsort(-logits))

@@ -31,6 +31,9 @@ def forbidden(scores, tokens, position, rules, forced=None, eos_id=EOS):
     return forbid(scores, tokens, position, rules, eos_id=eos_id, forced=forced) == -jnp.inf
 
 
+lowered = jax.jit(penalised, static_argnums=3)
+
+
 def repeats(came, token, n):
     """Whether that token would complete n tokens that are there already."""
     whole = [*came, token]
@@ -53,7 +56,7 @@ def test_tokens_that_came_lose_by_the_penalty(batch, seed, position, penalty):
     """Positive logits are divided by it, negative ones multiplied."""
     logits, tokens = scores_of(batch, seed), sequences(batch, seed)
     rules = Constraints(repetition_penalty=penalty)
-    found = jax.jit(penalised, static_argnums=3)(logits, tokens, position, rules)
+    found = lowered(logits, tokens, position, rules)
     for row in np.ndindex(batch):
         came = set(tokens[row][:position].tolist())
         wanted = [
@@ -73,22 +76,48 @@ def test_banned_tokens_never_come():
     assert (found == np.isin(np.arange(V), [0, 5])).all()
 
 
+@pytest.mark.parametrize("banned", [(), (0, 1)])
 @given(batches, seeds, st.booleans())
-def test_what_is_forced_comes_whatever_the_rules_say_and_minus_one_leaves_it_free(batch, seed, one_for_all):
+def test_what_is_forced_comes_whatever_the_rules_say_and_minus_one_leaves_it_free(banned, batch, seed, one_for_all):
     forced = np.random.default_rng(seed).integers(-1, V, () if one_for_all else batch)[..., None].astype("int32")
     forced = np.concatenate([np.full_like(forced, -1), forced], axis=-1)
-    rules = Constraints(banned=(0, 1))
+    rules = Constraints(banned=banned)
     for position in range(3):
         found = np.asarray(forbidden(scores_of(batch, seed), sequences(batch, seed), position, rules, forced))
         for row in np.ndindex(batch):
             token = -1 if position != 1 else int(forced[1] if one_for_all else forced[row][1])
-            wanted = np.arange(V) != token if token >= 0 else np.isin(np.arange(V), [0, 1])
+            wanted = np.arange(V) != token if token >= 0 else np.isin(np.arange(V), banned)
             assert found[row].tolist() == wanted.tolist()
 
 
-def test_where_nothing_is_left_the_row_ends():
-    found = np.asarray(forbidden(scores_of((2,), 0), sequences((2,), 0), 0, Constraints(banned=tuple(range(V)))))
+def test_forced_tokens_may_be_none_and_of_any_integer_type():
+    scores, tokens = scores_of((2,), 0), sequences((2,), 0)
+    assert not np.asarray(forbidden(scores, tokens, 0, FREE, np.zeros((2, 0), "int32"))).any()
+    for dtype in ("int8", "uint8", "uint32"):
+        for position, wanted in enumerate([np.arange(V) != 4, np.zeros(V, bool)]):
+            found = np.asarray(forbidden(scores, tokens, position, FREE, np.full((2, 1), 4, dtype)))
+            assert (found == wanted).all()
+
+
+def test_where_nothing_is_left_the_row_ends_and_no_other():
+    tokens = np.stack([np.arange(L), np.arange(L) % 2]).astype("int32")
+    found = np.asarray(forbidden(scores_of((2,), 0), tokens, V, Constraints(no_repeat_ngram=1)))
+    assert (found == [np.arange(V) != EOS, np.arange(V) < 2]).all()
+    found = np.asarray(forbidden(scores_of((2,), 0), tokens, 0, Constraints(banned=tuple(range(V)))))
     assert (found == (np.arange(V) != EOS)).all()
+
+
+@given(batches, seeds, st.integers(0, L - 1))
+def test_rules_say_the_same_with_wide_types(batch, seed, position):
+    rules = Constraints(repetition_penalty=1.5, no_repeat_ngram=2, min_length=3, banned=(5,))
+    scores, tokens, forced = scores_of(batch, seed), sequences(batch, seed) % 3, np.int32([-1, 4, -1])
+    found = [np.asarray(forbidden(scores, tokens, np.int32(position), rules, forced))]
+    found.append(np.asarray(lowered(scores, tokens, np.int32(position), rules)))
+    with jax.enable_x64(True):
+        scores = scores.astype("float64")
+        assert (forbidden(scores, tokens, np.int32(position), rules, forced.astype("int64")) == found[0]).all()
+        wide = lowered(scores, tokens, np.int32(position), rules)
+        np.testing.assert_allclose(wide, found[1], rtol=1e-6)
 
 
 def test_without_rules_nothing_is_forbidden_and_nothing_computed():
@@ -157,3 +186,8 @@ def test_a_forced_end_ends():
 def test_rules_that_cannot_be_are_refused(fields, message, untyped):
     with pytest.raises(ValueError, match=message):
         Constraints(**fields)
+
+
+def test_rules_are_given_by_name():
+    with pytest.raises(TypeError):
+        Constraints(1.5)

@@ -76,16 +76,22 @@ def test_a_token_that_may_not_come_is_not_kept(seed):
         assert not np.asarray(kept(jnp.asarray(logits), Sampling(**rules)))[::2].any()
 
 
-@pytest.mark.parametrize("rules", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}], ids=str)
-def test_tokens_come_as_often_as_the_law_says(rules):
-    """Within 6 deviations, of 20 000 draws."""
+def test_the_mass_is_met_exactly_and_for_one_the_unlikeliest_stay():
+    logits = jnp.asarray([[0.0, 0.0, 0.0, 0.0], [-60.0, 0.0, -70.0, -np.inf]])
+    assert kept(logits, Sampling(top_p=0.5)).tolist() == [[True, True, False, False], [False, True, False, False]]
+    assert kept(logits, Sampling(top_p=1.0)).tolist() == [[True] * 4, [True, True, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("rules", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}], ids=str)
+def test_tokens_come_as_often_as_the_law_says(rules, temperature):
+    """Within 6 deviations, of 20 000 draws; first comes the temperature."""
     logits, number = logits_of((), 5), 20_000
-    rules = dict(rules)
-    warm = logits / rules.pop("temperature", 1.0)
+    warm = logits / temperature
     p = softmax(warm, expected(warm, **rules))
     keys = jax.random.split(jax.random.key(0), number)
-    rows = jnp.broadcast_to(jnp.asarray(warm), (number, V))
-    counts = np.bincount(drawn(rows, keys, Sampling(**rules)), minlength=V)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (number, V))
+    counts = np.bincount(drawn(rows, keys, Sampling(temperature=temperature, **rules)), minlength=V)
     assert (np.abs(counts - number * p) <= 6 * np.sqrt(number * p * (1 - p))).all()
 
 
@@ -96,6 +102,23 @@ def test_the_coldest_and_the_narrowest_draw_the_likeliest(batch, seed):
     likeliest = np.argmax(logits, axis=-1)
     for sampling in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(min_p=1.0, top_k=1), Sampling(top_p=1e-9)):
         np.testing.assert_array_equal(drawn(jnp.asarray(logits), keys, sampling), likeliest)
+
+
+def test_the_coldest_divides_nothing_by_zero():
+    """NaN would come of a logit of 0, unseen but where NaN is looked for."""
+    with jax.debug_nans(True):
+        assert int(draw(jnp.zeros(V), jax.random.key(0), Sampling(temperature=0.0))) == 0
+
+
+@given(batches, seeds)
+def test_tokens_are_int32_with_wide_types_too(batch, seed):
+    rules = Sampling(temperature=0.7, top_k=4, top_p=0.9, min_p=0.05)
+    with jax.enable_x64(True):
+        logits = jnp.asarray(logits_of(batch, seed), jnp.float64)
+        found = drawn(logits, row_keys(jax.random.key(seed), batch), rules)
+        assert found.dtype == jnp.int32
+        allowed = np.take_along_axis(np.asarray(kept(logits / 0.7, rules)), np.asarray(found)[..., None], axis=-1)
+    assert allowed.all()
 
 
 def test_temperature_and_thresholds_change_without_compiling_anew():
@@ -188,6 +211,12 @@ def test_a_rule_that_cannot_be_is_refused(sampling, message, untyped):
         generated(tables((2,), 0), jnp.zeros(2, jnp.int32), row_keys(jax.random.key(0), (2,)), Sampling(**sampling))
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 1.0}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 1.0}, {"min_p": 0.5}, {"min_p": 0.0}]
+)
 def test_the_last_value_that_can_be_is_taken(sampling):
     check_sampling(Sampling(**sampling))
+
+
+def test_numbers_that_are_not_known_yet_are_taken():
+    jax.eval_shape(lambda x: check_sampling(Sampling(temperature=x, top_p=x, min_p=x)), jnp.float32(0.5))
