@@ -1,5 +1,10 @@
-"""Weights as a flat {dotted name: array}, in a safetensors file that either frontend reads."""
+"""Weights as a flat {dotted name: array}, in a safetensors file that either frontend reads.
 
+The file's metadata begins with the sha256 of the whole file, taken with zeros in the place of its 64 digits.
+"""
+
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +20,32 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+_OURS = "isoformer."  # so begin the names that are not the user's
+_FORMAT = "isoformer.format"
+_START = b'{"__metadata__":{"isoformer.sha256":"'
+_DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)  # after the length of the header in 8 bytes
+_UNKNOWN = b"0" * 64
 
-def save(path: str | os.PathLike, weights: Mapping[str, ArrayLike]) -> None:
-    """Writes all or nothing: a file that was there stays whole until the new one is on the disk."""
+
+def save(path: str | os.PathLike, weights: Mapping[str, ArrayLike], *, metadata: Mapping[str, str] = {}) -> None:
+    """Writes all or nothing: a file that was there stays whole until the new one is on the disk.
+
+    `metadata` is text, by name, that says what the weights are.
+    """
     if "__metadata__" in weights:
         raise ValueError("the name __metadata__ belongs to the safetensors format; give the array another")
     path = Path(path)
     # the writer stores a buffer as it lies and ignores strides: a transposed view would be written wrongly
     data = safetensors.numpy.save({name: np.array(value, order="C") for name, value in weights.items()})
+    size = 8 + int.from_bytes(data[:8], "little")
+    head, arrays = _head(json.loads(data[8:size]), metadata), memoryview(data)[size:]
+    digest = hashlib.sha256(head)
+    digest.update(arrays)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write(head.replace(_UNKNOWN, digest.hexdigest().encode(), 1))
+            file.write(arrays)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -41,11 +60,12 @@ def save(path: str | os.PathLike, weights: Mapping[str, ArrayLike]) -> None:
 
 
 def load(path: str | os.PathLike) -> dict[str, Array]:
-    """Reads what `save` wrote. ValueError for a file that is not safetensors, FileNotFoundError for none."""
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from None
+    """Reads what `save` wrote, or any safetensors file, whose sha256 is checked if it has one.
+
+    ValueError for a file that is not safetensors or has changed, FileNotFoundError for none.
+    """
+    _checked(path)
+    tensors = safetensors.numpy.load_file(path)
     narrowed = [name for name, tensor in tensors.items() if dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype]
     if narrowed:
         raise ValueError(
@@ -53,6 +73,56 @@ def load(path: str | os.PathLike) -> dict[str, Array]:
             "they need jax.config.update('jax_enable_x64', True) first"
         )
     return {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What a file says of its weights, by name. The same errors as `load`."""
+    return {name: text for name, text in _checked(path).items() if not name.startswith(_OURS)}
+
+
+def _head(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """All that stands before the arrays, the digest not known yet."""
+    for name, text in metadata.items():
+        if not isinstance(name, str) or not isinstance(text, str) or name.startswith(_OURS):
+            raise ValueError(f"metadata is text, by names that do not begin with {_OURS!r}, got {name!r}: {text!r}")
+    about = {"isoformer.sha256": _UNKNOWN.decode(), _FORMAT: "1", **dict(sorted(metadata.items()))}
+    header = json.dumps({"__metadata__": about, **tensors}, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the arrays are aligned
+    return len(header).to_bytes(8, "little") + header
+
+
+def _checked(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a file that is whole."""
+    place = Path(path)
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{place} is not a whole safetensors file: it is no file at all")
+    try:
+        with safetensors.safe_open(place, framework="numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{place} is not a whole safetensors file: {error}") from None
+    with place.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(0)
+        start = file.read(_DIGEST.stop)
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(start[: _DIGEST.start] + _UNKNOWN)).hexdigest()
+    about = json.loads(header, object_pairs_hook=lambda pairs: _distinct(place, pairs)).get("__metadata__", {})
+    if header.startswith(_START):
+        whole = start[_DIGEST] == digest.encode()
+    else:
+        whole = not any(name.startswith(_OURS) for name in about)
+    if not whole:
+        raise ValueError(f"{place} has changed since it was written, its sha256 differs; get the file again")
+    if about.get(_FORMAT, "1") != "1":
+        raise ValueError(f"{place} has format {about[_FORMAT]!r}, this version reads 1; update isoformer")
+    return about
+
+
+def _distinct(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{path} is not a whole safetensors file: its header has a name twice")
+    return found
 
 
 def owned(array: ArrayLike) -> Array:

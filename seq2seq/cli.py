@@ -367,6 +367,18 @@ def _lines(texts: list[str] | None, file: Path | None) -> Iterator[Iterator[str]
 
 
 @app.command()
+def export(
+    run: RunFolder, file: Annotated[Path, typer.Argument(help="A new safetensors file.", show_default=False)]
+) -> None:
+    """Write a run's best weights to one file to hand on, which says what they are and whose every bit is checked."""
+    from seq2seq.exports import export as export_weights
+    from seq2seq.runs import Run
+
+    about = export_weights(Run.open(run), file)
+    console.print(f"the weights of step {about['step']}, validation loss {about['validation_loss']}, are in {file}")
+
+
+@app.command()
 def attention(
     run: RunFolder,
     word: Annotated[str, typer.Argument(help="What to transform; quote a sequence with blanks.")],

@@ -141,9 +141,12 @@ class Run:
         return found
 
     def best_weights(self) -> dict[str, Array]:
-        """Those of the best state, averaged if the run averages. The same errors."""
-        arrays = self.best().arrays
-        return averaged(arrays["optimizer"]) if self.options.average else arrays["weights"]
+        """Those of the best state. The same errors."""
+        return self.weights(self.best())
+
+    def weights(self, state: checkpoints.Checkpoint) -> dict[str, Array]:
+        """Of a state, averaged if the run averages."""
+        return averaged(state.arrays["optimizer"]) if self.options.average else state.arrays["weights"]
 
     def load_model(self, frontend: Any, task: Task) -> Any:
         """The best model in a frontend. UserError if its weights are of another configuration or task."""

@@ -1,5 +1,7 @@
 """Laws of the weight file: every bit comes back, and no broken file is read."""
 
+import hashlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -8,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.weights import check_weights, dotted, load, owned, save
+from core.weights import check_weights, dotted, load, metadata, owned, save
+from tests.frontends import CONFIG, FRONTENDS, random_weights, same_bits
 from tests.strategies import seeds
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int32", "uint8", "uint16", "uint32", "bool"]
@@ -228,6 +231,148 @@ def test_a_saved_file_may_be_read_by_whom_the_umask_allows(tmp_path):
     save(tmp_path / "w", {"a": random_bits("float32", (2,), 0)})
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "w").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+SMALL = {"a": random_bits("float32", (2, 3), 0), "b": random_bits("bfloat16", (5,), 1), "c": np.array(True)}
+
+
+def file_of(header, arrays=b""):
+    """The bytes of a safetensors file; the header as text, or as what JSON makes of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + arrays
+
+
+def test_any_flipped_bit_of_a_file_is_refused(tmp_path):
+    """Every one: of the length, the header, its metadata, the digest itself, the padding and the arrays."""
+    save(tmp_path / "whole", SMALL, metadata={"task": "copy"})
+    whole = (tmp_path / "whole").read_bytes()
+    assert 300 < len(whole) < 2048
+    with (tmp_path / "whole").open("r+b", buffering=0) as file:
+        for place in range(8 * len(whole)):
+            byte = whole[place // 8]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place // 8)
+            with pytest.raises(ValueError, match=r"whole (is not a whole safetensors file|has changed since it was)"):
+                load(tmp_path / "whole")
+            os.pwrite(file.fileno(), bytes([byte]), place // 8)
+    assert raw_all(load(tmp_path / "whole")) == raw_all(SMALL)
+
+
+@pytest.mark.parametrize("read", [load, metadata])
+def test_what_is_said_and_what_is_held_is_only_believed_of_a_whole_file(read, tmp_path):
+    save(tmp_path / "w", SMALL, metadata={"task": "copy"})
+    (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes().replace(b"copy", b"cope"))
+    with pytest.raises(ValueError, match="has changed since it was written, its sha256 differs; get the file again"):
+        read(tmp_path / "w")
+
+
+def test_the_digest_is_that_of_the_file_with_zeros_in_its_place(tmp_path):
+    """So that it can be checked without this program."""
+    save(tmp_path / "w", SMALL, metadata={"zeros": "0" * 64})
+    data = (tmp_path / "w").read_bytes()
+    with safetensors.safe_open(tmp_path / "w", framework="numpy") as file:
+        digest = file.metadata()["isoformer.sha256"]
+    assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(), max_size=4))
+def test_metadata_comes_back_in_every_character(folder, about):
+    save(folder / "about", SMALL, metadata=about)
+    assert metadata(folder / "about") == about
+    assert same_bits(dict(load(folder / "about")), SMALL)
+
+
+def test_metadata_in_any_order_makes_the_same_file(tmp_path):
+    save(tmp_path / "1", SMALL, metadata={"b": "1", "a": "2"})
+    save(tmp_path / "2", SMALL, metadata={"a": "2", "b": "1"})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_arrays_begin_at_a_multiple_of_their_size(tmp_path):
+    """For those who map the file."""
+    for length in range(9):
+        save(tmp_path / "w", SMALL, metadata={"a": "x" * length})
+        assert int.from_bytes((tmp_path / "w").read_bytes()[:8], "little") % 8 == 0
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("about", [{"step": 3}, {3: "step"}, {"isoformer.sha256": "0"}, {"a": "\udcff"}])
+def test_metadata_that_cannot_be_kept_is_refused_before_any_file_is_touched(about, tmp_path):
+    with pytest.raises(ValueError, match=r"metadata is text, by names that do not begin with 'isoformer\.'|surrogate"):
+        save(tmp_path / "w", SMALL, metadata=about)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_other_writers_load_without_a_digest(tmp_path):
+    arrays = {"x": np.arange(6, dtype="float32")}
+    (tmp_path / "w").write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
+    assert same_bits(load(tmp_path / "w"), arrays)
+    assert metadata(tmp_path / "w") == {"format": "pt"}
+    (tmp_path / "w").write_bytes(safetensors.numpy.save(arrays))
+    assert same_bits(load(tmp_path / "w"), arrays)
+    assert metadata(tmp_path / "w") == {}
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    save(tmp_path / "w", SMALL)
+    data = (tmp_path / "w").read_bytes()
+    with safetensors.safe_open(tmp_path / "w", framework="numpy") as file:
+        digest = file.metadata()["isoformer.sha256"].encode()
+    data = data.replace(digest, b"0" * 64).replace(b'"isoformer.format":"1"', b'"isoformer.format":"2"')
+    data = data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode())
+    (tmp_path / "w").write_bytes(data)
+    with pytest.raises(ValueError, match="has format '2', this version reads 1; update isoformer"):
+        load(tmp_path / "w")
+
+
+X = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+ONE = json.dumps(X).encode()
+HOSTILE = {
+    "name twice": file_of(b'{"x":%s,"x":%s}' % (ONE, ONE), bytes(8)),
+    "field twice": file_of(b'{"x":{"dtype":"F32",%s}' % ONE[1:], bytes(8)),
+    "metadata twice": file_of(b'{"__metadata__":{"a":"1"},"__metadata__":{},"x":%s}' % ONE, bytes(8)),
+    "said twice": file_of(b'{"__metadata__":{"a":"1","a":"2"},"x":%s}' % ONE, bytes(8)),
+    "not UTF-8": file_of(b'{"\xff":%s}' % ONE, bytes(8)),
+    "deep": file_of(b'{"x":' + b"[" * 2000 + b"]" * 2000 + b"}"),
+    "header of 4 TB": (1 << 42).to_bytes(8, "little") + ONE,
+    "header of 2^63": (1 << 63).to_bytes(8, "little") + ONE,
+    "no header": bytes(8),
+    "an array of 2^64 bytes": file_of({"x": {**X, "shape": [1 << 62]}}, bytes(8)),
+    "unknown dtype": file_of({"x": {**X, "dtype": "F33"}}, bytes(8)),
+    "a number that is none": file_of({"x": {**X, "data_offsets": [0, float("nan")]}}, bytes(8)),
+    "offsets not whole": file_of({"x": {**X, "data_offsets": [0, 8.0]}}, bytes(8)),
+    "offsets below zero": file_of({"x": {**X, "data_offsets": [-8, 0]}}, bytes(8)),
+    "offsets reversed": file_of({"x": {**X, "data_offsets": [8, 0]}}, bytes(8)),
+    "a hole": file_of({"x": {**X, "data_offsets": [8, 16]}}, bytes(16)),
+    "metadata that is no text": file_of({"__metadata__": {"a": 1}, "x": X}, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_way(name, tmp_path):
+    (tmp_path / "w").write_bytes(HOSTILE[name])
+    for read in (load, metadata):
+        with pytest.raises(ValueError, match="w is not a whole safetensors file"):
+            read(tmp_path / "w")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
+def test_what_is_no_file_is_refused_without_waiting(make, tmp_path):
+    make(tmp_path / "w")
+    with pytest.raises(ValueError, match="w is not a whole safetensors file: it is no file at all"):
+        load(tmp_path / "w")
+
+
+@pytest.mark.parametrize("package", FRONTENDS.values(), ids=FRONTENDS)
+def test_a_model_goes_through_a_file_in_every_bit(package, tmp_path):
+    weights = random_weights(CONFIG, 0)
+    save(tmp_path / "w", package.to_weights(package.from_weights(CONFIG, weights)), metadata={"a": CONFIG.to_json()})
+    config = type(CONFIG).from_json(metadata(tmp_path / "w")["a"])
+    model = package.from_weights(config, load(tmp_path / "w"))
+    assert (config, raw_all(package.to_weights(model))) == (CONFIG, raw_all(weights))
+
+
+def raw_all(weights):
+    return {name: raw(array) for name, array in weights.items()}
 
 
 EXPECTED = {"a.kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.int32)}

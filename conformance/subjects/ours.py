@@ -103,7 +103,9 @@ def mean_loss(logits, labels, weights, *, label_smoothing=0.0):
 
 
 loss = Loss("isoformer.cross_entropy", mean_loss, {"jax", "smoothing"})
-weights_file = WeightsFile("isoformer.weights", weights.save, {"bfloat16", "safetensors"}, load=weights.load)
+weights_file = WeightsFile(
+    "isoformer.weights", weights.save, {"bfloat16", "checksum", "safetensors"}, load=weights.load
+)
 
 
 # the cache: tokens of width 8 are projected by fixed matrices to 4 query heads over 2 key heads
