@@ -11,7 +11,7 @@ compare: $(READY)
 	$(BIN)/isoformer compare
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -32,6 +32,13 @@ settings.register_profile("mutation", max_examples=8, derandomize=True, database
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go():
+    """A compiled program takes some 24 memory maps, of which Linux gives a process 65530: then XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 for the length of a test."""
