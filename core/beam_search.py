@@ -98,8 +98,8 @@ def beam_search(
         extended = forbid(extended, state.tokens, state.position, constraints, eos_id=eos_id, forced=forced)
         best, place = jax.lax.top_k(extended.reshape(*batch, beam_size * vocab), beam_size)
 
-        turn = jnp.maximum(jnp.cumsum(~state.ended, axis=-1, dtype=jnp.int32) - 1, 0)  # of the slots that are free
-        place = jnp.take_along_axis(place.astype(jnp.int32), turn, axis=-1)
+        turn = jnp.cumsum(~state.ended, axis=-1, dtype=jnp.int32) - 1  # of the slots that are free
+        place = jnp.take_along_axis(place, turn, axis=-1)
         itself = jnp.broadcast_to(jnp.arange(beam_size, dtype=jnp.int32), beams)
         parents = jnp.where(state.ended, itself, place // vocab)
         log_prob = jnp.where(state.ended, state.log_prob, jnp.take_along_axis(best, turn, axis=-1))

@@ -31,5 +31,5 @@ def accumulated(
 
     first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], batches), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-    (grads, metrics), _ = jax.lax.scan(add, zeros, (batches, shares, jnp.arange(len(counts), dtype=jnp.uint32)))
+    (grads, metrics), _ = jax.lax.scan(add, zeros, (batches, shares, jnp.arange(len(counts))))
     return grads, metrics._replace(tokens=total.astype(metrics.tokens.dtype))

@@ -48,7 +48,7 @@ def start(tables, first):
 
 @functools.partial(jax.jit, static_argnames=("max_length", "beam_size", "n_best", "length_penalty", "constraints"))
 def search(tables, first, forced=None, **options):
-    return beam_search(table_step, first, start(tables, first), forced=forced, **options)
+    return beam_search(table_step, jnp.asarray(first), start(tables, first), forced=forced, **options)
 
 
 def log_probs(logits, first, sequence):
@@ -172,6 +172,54 @@ def test_the_search_ends_when_nothing_can_come_among_the_best():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("length_penalty", LENGTH_PENALTIES)
+@few
+@given(seeds, st.sampled_from([1, 2]))
+def test_it_takes_as_many_steps_as_can_change_the_best(length_penalty, seed, n_best):
+    calls, length, beam_size = [], 6, 3
+    logits, first = table(seed, 6, length), firsts((2,), seed, 6)
+    logits[..., EOS] += 1
+
+    def step(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return table_step(tokens, cache)
+
+    options = {"max_length": length, "beam_size": beam_size, "n_best": n_best, "length_penalty": length_penalty}
+    beam_search(step, jnp.asarray(first), start(logits, first), **options)
+    jax.effects_barrier()
+
+    def settled(token, steps):
+        held = slots(logits, token, **{**options, "max_length": steps, "n_best": beam_size})
+        kept = [value for value, sequence in held if EOS in sequence]
+        going = [log_probs(logits, token, sequence) for _, sequence in held if EOS not in sequence]
+        lengths = range(steps + 1, length + 1)
+        reach = [total / ((5 + n) / 6) ** length_penalty for total in going for n in lengths]
+        return len(kept) >= n_best and max(reach, default=-np.inf) < kept[n_best - 1]
+
+    wanted = max(next((n for n in range(length) if settled(token, n)), length) for token in first)
+    assert len(calls) == wanted
+
+
+@few
+@given(batches, seeds)
+def test_the_cache_goes_by_the_select_that_is_given(batch, seed):
+    logits, first = table(seed), firsts(batch, seed)
+
+    def select(cache, parents):
+        seen.append(parents.shape)
+        chosen = jax.nn.one_hot(parents, 3, dtype=bool)
+        axes = lambda x: (*chosen.shape, *(1,) * (x.ndim - len(batch) - 1))
+        mix = lambda x: jnp.where(chosen.reshape(axes(x)), jnp.expand_dims(x, len(batch)), 0).sum(len(batch) + 1)
+        return jax.tree.map(lambda x: mix(x).astype(x.dtype), cache)
+
+    seen, options = [], {"max_length": L, "beam_size": 3, "n_best": 3}
+    found = beam_search(table_step, jnp.asarray(first), start(logits, first), select=select, **options)
+    assert set(seen) == {(*batch, 3)}
+    wanted = search(logits, first, **options)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-6)
+
+
 def test_a_row_of_nan_is_minus_one_and_the_others_are_what_they_were():
     logits, first = np.stack([table(i) for i in range(3)]), firsts((3,), 0)
     options = {"max_length": L, "beam_size": 2, "n_best": 2}
@@ -183,6 +231,50 @@ def test_a_row_of_nan_is_minus_one_and_the_others_are_what_they_were():
     for row in (0, 2):
         np.testing.assert_array_equal(found.tokens[row], fine.tokens[row])
         np.testing.assert_array_equal(found.scores[row], fine.scores[row])
+
+
+@pytest.mark.parametrize("pad_id", [PAD, 9])
+def test_nan_behind_padding_is_not_met(pad_id):
+    """Slots that have ended, or hold nothing since too few tokens are allowed, are fed padding."""
+
+    def step(tokens, cache):
+        likely = jnp.broadcast_to(jnp.log(jnp.asarray([0.1, 0.2, 0.3, 0.4])), (*tokens.shape, V))
+        return jnp.where((tokens == pad_id)[..., None], jnp.nan, likely), cache
+
+    options = {
+        "max_length": L,
+        "beam_size": 6,
+        "n_best": 6,
+        "constraints": Constraints(banned=(0, 1)),
+        "pad_id": pad_id,
+    }
+    found = as_numpy(beam_search(step, jnp.ones(2, jnp.int32), jnp.zeros(2), **options))
+    assert np.isfinite(found.scores[:, :4]).all()
+    assert (found.scores[:, 4:] == -np.inf).all()
+
+
+@few
+@given(batches, seeds)
+def test_padding_may_be_the_end(batch, seed):
+    logits, first = table(seed), firsts(batch, seed)
+    options = {"max_length": L, "beam_size": 7, "n_best": 7}
+    found = as_numpy(beam_search(table_step, jnp.asarray(first), start(logits, first), pad_id=EOS, **options))
+    for row in np.ndindex(batch):
+        wanted = slots(logits, first[row], length_penalty=0.6, **options)
+        assert [cut(tokens) for tokens in found.tokens[row]] == [sequence for _, sequence in wanted]
+        np.testing.assert_allclose(found.scores[row], [value for value, _ in wanted], atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scores_of_narrow_models_are_exact_sums(dtype, wide):
+    with jax.enable_x64(wide):
+        logits, first = jnp.asarray(table(3), dtype), firsts((2,), 0)
+        found = as_numpy(search(logits, first, max_length=L, beam_size=3))
+        logits = np.asarray(logits, "float64")
+    for row in range(2):
+        value = score(logits, first[row], cut(found.tokens[row, 0]), 0.6)
+        np.testing.assert_allclose(found.scores[row, 0], value, rtol=1e-5)
 
 
 @few
