@@ -366,7 +366,7 @@ def test_any_reference_counts_and_the_nearest_sets_the_error_rate():
 
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
 def test_predictions_come_in_order_and_do_not_depend_on_the_batch(name):
-    task, package = tasks.load_task("pronounce"), frontend(name)
+    task, package = dataclasses.replace(tasks.load_task("pronounce"), buckets=(8, 29)), frontend(name)
     config = TransformerConfig(
         source_vocab_size=len(task.source), target_vocab_size=len(task.target), d_model=8, num_heads=2, d_ff=8,
         num_encoder_layers=1, num_decoder_layers=1, norm_order="pre", tie_embeddings="none",

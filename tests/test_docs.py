@@ -48,7 +48,8 @@ def test_code_blocks_run(language, code, tmp_path):
         else:
             assert program == "isoformer"
             small = ["--steps", "1", "--d-model", "4", "--num-heads", "1", "--d-ff", "4", "--layers", "1"]
-            command = [sys.executable, "-m", "seq2seq.cli", *arguments, *(small if arguments[0] == "train" else [])]
+            less = {"train": small, "evaluate": ["--split", "validation"]}.get(arguments[0], [])
+            command = [sys.executable, "-m", "seq2seq.cli", *arguments, *less]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
 

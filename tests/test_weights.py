@@ -272,6 +272,7 @@ def test_the_digest_is_that_of_the_file_with_zeros_in_its_place(tmp_path):
     with safetensors.safe_open(tmp_path / "w", framework="numpy") as file:
         digest = file.metadata()["isoformer.sha256"]
     assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+    assert metadata(tmp_path / "w") == {"zeros": "0" * 64}
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(), max_size=4))
