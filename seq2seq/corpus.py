@@ -19,7 +19,7 @@ import numpy as np
 
 from seq2seq.errors import UserError
 from seq2seq.examples import Example
-from seq2seq.manifest import seal, verify
+from seq2seq.manifest import seal, sync, verify
 from seq2seq.parallel_text import text_pairs
 from seq2seq.splits import SPLITS, split_by_hash
 from seq2seq.vocabulary import Subwords
@@ -109,6 +109,7 @@ def prepare(
         (written / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         seal(written)
         written.rename(output)
+        sync(output.parent)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}; give another --output") from None
     finally:
