@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from core.losses import Batch
+from seq2seq import entry
 from seq2seq.errors import UserError
 from seq2seq.runs import Run
 from seq2seq.tasks import Task
@@ -201,13 +202,8 @@ def compare(
 
 
 def main() -> None:
-    """What a user can mend is one sentence and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        text = f"translate_torch: {error}"
-        Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+    """The entry point."""
+    entry.run(app, name="translate_torch")
 
 
 if __name__ == "__main__":

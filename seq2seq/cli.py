@@ -13,6 +13,7 @@ from rich.table import Table
 
 from conformance.cli import conform
 from core.config import NormOrder, Positions, TransformerConfig
+from seq2seq import entry
 from seq2seq.errors import UserError
 from seq2seq.options import TASKS, NonFinite, Schedule
 
@@ -236,6 +237,8 @@ def evaluate(
     opened = Run.open(run)
     name = frontend or opened.frontend
     package, task = load_frontend(name), opened.load_task()
+    if predictions is not None and task.measure == "classes":
+        raise UserError(f"--predictions keeps what is generated, the task {task.name} classifies; leave it out")
     model = opened.load_model(package, task)
     examples, tokens = task.split(split), opened.options.tokens
     trainer = package.Trainer(model, optax.identity())
@@ -310,7 +313,6 @@ def generate(
     from core.sampling import Sampling, check_sampling
     from seq2seq.decoding import DecodingOptions, Hypothesis, hypotheses
     from seq2seq.frontends import frontend as load_frontend
-    from seq2seq.pictures import draw_cross_attention
     from seq2seq.runs import Run
 
     drawn = any(rule is not None for rule in (temperature, top_k, top_p, min_p))
@@ -348,6 +350,8 @@ def generate(
                         shown += f"  {score:.3f}"
                     console.print(shown, highlight=False, markup=False, soft_wrap=True)
                 if folder is not None and text:
+                    from seq2seq.pictures import draw_cross_attention  # only here: its library starts slowly
+
                     path = folder / f"{next(number):04}.png"
                     draw_cross_attention(path, package, model, task, source, best[0].symbols, title=text)
     if folder is not None:
@@ -463,14 +467,8 @@ def make_folder(folder: Path) -> Path:
 
 
 def main() -> None:
-    """The entry point: what a user can mend is one sentence and exit code 2."""
-    try:
-        app()
-    except (UserError, ModuleNotFoundError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        text = f"this command needs {error.name}; run: pip install 'isoformer[app]'" if missing else error
-        Console(stderr=True).print(f"isoformer: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+    """The entry point."""
+    entry.run(app, name="isoformer")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from seq2seq import entry
 from seq2seq.errors import UserError
 from seq2seq.splits import SPLITS, split_by_hash
 
@@ -227,13 +228,8 @@ def command(
 
 
 def main() -> None:
-    """What a user can mend is one sentence and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        text = f"libreoffice_help: {error}"
-        Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+    """The entry point."""
+    entry.run(app, name="libreoffice_help")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,9 @@ def test_digits_are_classified_alike_in_both_frontends_and_beside_a_baseline(iso
     assert len(tables[0]) == 3
     code, printed = isoformer("generate", run, "7")
     assert (code, "classifies images, '7' is none" in printed) == (2, True)
+    code, printed = isoformer("evaluate", run, "--predictions", tmp_path / "said")
+    assert (code, "the task digits classifies; leave it out" in printed) == (2, True)
+    assert not (tmp_path / "said").exists()
     assert isoformer("encodings", run, "--output", tmp_path / "pictures")[0] == 0
 
 
