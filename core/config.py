@@ -15,6 +15,7 @@ Positions = Literal["sinusoidal", "learned", "rotary", "shaw", "transformer_xl",
 RotaryLayout = Literal["half", "interleaved"]
 RotaryScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 FloatType = Literal["float32", "bfloat16", "float16", "float64"]
+Kept = Literal["nothing", "projections"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class TransformerConfig:
     dtype: FloatType = "float32"  # of activations; softmax, norms and logits are at least float32
     param_dtype: FloatType = "float32"  # in which parameters are stored
     remat: bool = False  # blocks are computed again in the backward pass, to hold only what goes between them
+    remat_keeps: Kept = "nothing"  # and what else they hold; projections: what comes out of every kernel
+    scan_layers: bool = False  # a stack is one block with stacked parameters, compiled once whatever the depth
 
     def __post_init__(self) -> None:
         _check_types(self)

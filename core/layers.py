@@ -78,20 +78,31 @@ def dropout(x: Float[Array, "*S"], rate: float, *, key: PRNGKeyArray | None = No
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def stochastic_depth(x: Float[Array, "*B T D"], rate: float, *, key: PRNGKeyArray | None = None) -> Array:
-    """Each example wholly 0 with probability `rate`, else divided by 1 - rate (Huang et al. 2016)."""
-    check_rate("the stochastic depth rate", rate)
-    if key is None or rate == 0:
+def stochastic_depth(
+    x: Float[Array, "*B T D"], rate: float | Float[Array, ""], *, key: PRNGKeyArray | None = None
+) -> Float[Array, "*B T D"]:
+    """Each example wholly 0 with probability `rate`, else divided by 1 - rate (Huang et al. 2016).
+
+    In a scan over layers the rate is an array, for there each layer has another.
+    """
+    if not isinstance(rate, jax.Array):
+        check_rate("the stochastic depth rate", rate)
+    if key is None or _is_zero(rate):
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], 1, 1))
-    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+    keep = 1 - jnp.asarray(rate, wide_dtype(x))  # an array in either case, so that both round alike
+    kept = jax.random.bernoulli(key, keep, (*x.shape[:-2], 1, 1))
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def branch_dropout(
-    x: Float[Array, "*B T D"], rate: float, depth_rate: float, *, key: PRNGKeyArray | None = None
+    x: Float[Array, "*B T D"],
+    rate: float,
+    depth_rate: float | Float[Array, ""],
+    *,
+    key: PRNGKeyArray | None = None,
 ) -> Float[Array, "*B T D"]:
     """Dropout of a residual's branch, element by element, then example by example."""
-    if depth_rate == 0:
+    if _is_zero(depth_rate):
         return dropout(x, rate, key=key)
     element_key, example_key = site_keys(key, 2)
     return stochastic_depth(dropout(x, rate, key=element_key), depth_rate, key=example_key)
@@ -218,6 +229,10 @@ def residual(
             raise ValueError("the sandwich order needs a second norm, out_norm, got none")
         y = out_norm(y)
     return x + dropout(y), aux
+
+
+def _is_zero(rate: float | Array) -> bool:
+    return not isinstance(rate, jax.Array) and rate == 0
 
 
 def _along_last(vector: Float[Array, "D"], like: Array) -> Array:

@@ -4,9 +4,10 @@ The file's metadata begins with the sha256 of the whole file, taken with zeros i
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _FORMAT = "isoformer.format"
 _START = b'{"__metadata__":{"isoformer.sha256":"'
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)  # after the length of the header in 8 bytes
 _UNKNOWN = b"0" * 64
+_STACKED = ".blocks.stacked."  # in the name of what holds all layers of a stack
 
 
 def save(path: str | os.PathLike, weights: Mapping[str, ArrayLike], *, metadata: Mapping[str, str] = {}) -> None:
@@ -128,6 +130,48 @@ def _distinct(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def owned(array: ArrayLike) -> Array:
     """An array that nobody else holds: train steps give their buffers away, and the caller's must stay."""
     return array if isinstance(array, Tracer) else jnp.array(array)
+
+
+def fitted(weights: Mapping[str, Array], expected: Mapping[str, Any]) -> dict[str, Array]:
+    """A copy of the weights as a model holds them that expects these arrays; ValueError as in `check_weights`."""
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in expected.items()}
+    check_weights(weights, unstacked(shapes))
+    copies = {}
+    for name, shape in shapes.items():
+        layers = [name] if not is_stacked(name, shape) else [_of_layer(name, i) for i in range(shape.shape[0])]
+        arrays = [weights[layer] for layer in layers]
+        copies[name] = jnp.stack(arrays) if is_stacked(name, shape) else owned(arrays[0])
+    return copies
+
+
+def unstacked(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays that hold all layers of a stack, as of a model with `scan_layers`, by layer: those of the loop.
+
+    >>> list(unstacked({"encoder.blocks.stacked.bias": jnp.zeros((2, 3)), "encoder.norm.scale": jnp.ones(3)}))
+    ['encoder.blocks.0.bias', 'encoder.blocks.1.bias', 'encoder.norm.scale']
+    """
+    flat = {}
+    for _, group in itertools.groupby(arrays.items(), lambda item: item[0].partition(_STACKED)[0]):
+        parts = {name: _layers(array) if is_stacked(name, array) else [array] for name, array in group}
+        for i in range(max(map(len, parts.values()))):
+            names = {name: _of_layer(name, i) if is_stacked(name, arrays[name]) else name for name in parts}
+            flat |= {names[name]: part[i] for name, part in parts.items() if i < len(part)}
+    return flat
+
+
+def is_stacked(name: str, array: Any) -> bool:
+    """Whether it is the array of all layers of a stack."""
+    return _STACKED in name and array.ndim > 0
+
+
+def _of_layer(name: str, layer: int) -> str:
+    return name.replace(_STACKED, f".blocks.{layer}.")
+
+
+def _layers(array: Any) -> Sequence[Any]:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0]
+    return jnp.unstack(array)
 
 
 def check_weights(weights: Mapping[str, Array], expected: Mapping[str, Any]) -> None:

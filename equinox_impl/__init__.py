@@ -4,8 +4,10 @@ from core.config import TransformerConfig
 from equinox_impl.attention import MultiHeadAttention
 from equinox_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
 from equinox_impl.decoding import beam_search, evaluation, generate, score
+from equinox_impl.dispatch import compiled
 from equinox_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
 from equinox_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
+from equinox_impl.scan import StackedBlocks
 from equinox_impl.stacks import Decoder, Encoder
 from equinox_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
 from equinox_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
@@ -28,6 +30,7 @@ __all__ = [
     "PositionEmbedding",
     "RMSNorm",
     "ShawPositions",
+    "StackedBlocks",
     "T5Positions",
     "Trainer",
     "Transformer",
@@ -35,6 +38,7 @@ __all__ = [
     "TransformerXLPositions",
     "Unembedding",
     "beam_search",
+    "compiled",
     "eval_step",
     "evaluation",
     "from_weights",

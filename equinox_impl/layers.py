@@ -159,8 +159,12 @@ class Dropout(eqx.Module):
         self.inference = inference
         self.rate = rate
 
-    def __call__(self, x: Float[Array, "*S"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*S"]:
-        return branch_dropout(x, self.rate, self.depth_rate, key=self.site_key(key))
+    def __call__(
+        self, x: Float[Array, "*S"], *, depth_rate: Float[Array, ""] | None = None, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*S"]:
+        """A `depth_rate` here is that of the layer at hand, where one block stands for many."""
+        own_rate = self.depth_rate if depth_rate is None else depth_rate
+        return branch_dropout(x, self.rate, own_rate, key=self.site_key(key))
 
     def site_key(self, key: PRNGKeyArray | None) -> PRNGKeyArray | None:
         """The key to use here and now: None in inference; ValueError if training lacks one."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
 from core.config import TransformerConfig
+from core.depth import over_layers
 from core.layers import site_keys
 from core.masks import Mask, Offset, Padding
 from core.positions import position_ids
@@ -17,12 +18,13 @@ from core.relative import extend_history
 from equinox_impl.blocks import DecoderBlock, EncoderBlock
 from equinox_impl.layers import Dropout, LayerNorm, PositionEmbedding, RMSNorm, norm_layer
 from equinox_impl.relative import T5Positions
+from equinox_impl.scan import StackedBlocks, stack
 
 
 class Encoder(eqx.Module):
     """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
 
-    blocks: tuple[EncoderBlock, ...]
+    blocks: tuple[EncoderBlock, ...] | StackedBlocks[EncoderBlock]
     config: TransformerConfig = eqx.field(static=True)
     dropout: Dropout
     norm: LayerNorm | RMSNorm | None
@@ -31,17 +33,15 @@ class Encoder(eqx.Module):
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         layers = config.num_encoder_layers
-        keys = iter(site_keys(key, layers + 2))
-        self.blocks = tuple(
-            EncoderBlock(config, depth_rate=config.depth_rate(i, layers), key=next(keys)) for i in range(layers)
-        )
+        position_key, relative_key = site_keys(key, layers + 2)[layers:]
+        self.blocks = stack(functools.partial(EncoderBlock, config), config, layers, key=key)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
         self.norm = None if config.norm_order == "post" else norm_layer(config, config.d_model)
-        self.position_embedding = PositionEmbedding(config, key=next(keys))
+        self.position_embedding = PositionEmbedding(config, key=position_key)
         self.relative = None
         if config.positions == "t5":
-            self.relative = T5Positions(config, bidirectional=True, key=next(keys))
+            self.relative = T5Positions(config, bidirectional=True, key=relative_key)
 
     def __call__(
         self,
@@ -66,23 +66,23 @@ class Encoder(eqx.Module):
 
         `positions` are for absolute encodings, where they do not count from 0 on.
         """
-        keys = site_keys(key, 1 + len(self.blocks))
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
-        x, relative = self.dropout(x, key=keys[0]), None if self.relative is None else self.relative()
-        extras = {}
-        for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
-            layer = functools.partial(
-                block.run, mask=mask, relative=relative, return_weights=return_weights, key=key
-            )  # fmt: skip
-            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x)
-            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
+        x = self.dropout(x, key=site_keys(key, 1)[0])
+        relative = None if self.relative is None else self.relative()
+
+        def layer(block: EncoderBlock, x: Array, _: Array | None, key: PRNGKeyArray | None, depth_rate: Array | None):
+            return block.run(
+                x, mask=mask, relative=relative, return_weights=return_weights, depth_rate=depth_rate, key=key
+            )
+
+        x, extras = over_layers(layer, x, self.blocks, config=self.config, key=key)
         return x if self.norm is None else self.norm(x), extras
 
 
 class Decoder(eqx.Module):
     """A stack of decoder blocks over vectors: `[*B, T, D]`, `[*B, S, D] -> [*B, T, D]`."""
 
-    blocks: tuple[DecoderBlock, ...]
+    blocks: tuple[DecoderBlock, ...] | StackedBlocks[DecoderBlock]
     config: TransformerConfig = eqx.field(static=True)
     dropout: Dropout
     norm: LayerNorm | RMSNorm | None
@@ -92,15 +92,15 @@ class Decoder(eqx.Module):
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, key: PRNGKeyArray):
         block = functools.partial(DecoderBlock, config, cross_attention=cross_attention)
         layers = config.num_decoder_layers
-        keys = iter(site_keys(key, layers + 2))
-        self.blocks = tuple(block(depth_rate=config.depth_rate(i, layers), key=next(keys)) for i in range(layers))
+        position_key, relative_key = site_keys(key, layers + 2)[layers:]
+        self.blocks = stack(block, config, layers, key=key)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
         self.norm = None if config.norm_order == "post" else norm_layer(config, config.d_model)
-        self.position_embedding = PositionEmbedding(config, key=next(keys))
+        self.position_embedding = PositionEmbedding(config, key=position_key)
         self.relative = None
         if config.positions == "t5":
-            self.relative = T5Positions(config, bidirectional=False, key=next(keys))
+            self.relative = T5Positions(config, bidirectional=False, key=relative_key)
 
     def __call__(
         self,
@@ -133,26 +133,31 @@ class Decoder(eqx.Module):
         other. A configuration with a history_length adds "history", to be given with the segment that follows: each
         block's last inputs, which its attention reads as if they stood before x, without gradients to them.
         """
-        keys = site_keys(key, 1 + len(self.blocks))
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
-        x, relative = self.dropout(x, key=keys[0]), None if self.relative is None else self.relative()
-        histories = self._histories(x, history)
-        extras, kept = {}, []
-        for i, (block, past, key) in enumerate(zip(self.blocks, histories, keys[1:], strict=True)):
-            if self.config.history_length:
-                kept.append(extend_history(x[..., :0, :] if past is None else past, x, self.config.history_length))
-            layer = functools.partial(
-                block.run, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
-                return_weights=return_weights, key=key,
-            )  # fmt: skip
-            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x, memory)
-            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
-        x = x if self.norm is None else self.norm(x)
-        return x, extras | {"history": tuple(kept)} if self.config.history_length else extras
+        x = self.dropout(x, key=site_keys(key, 1)[0])
+        relative = None if self.relative is None else self.relative()
 
-    def _histories(self, x: Array, history: tuple[Array, ...] | None) -> tuple[Array | None, ...]:
+        def layer(
+            block: DecoderBlock, x: Array, past: Array | None, key: PRNGKeyArray | None, depth_rate: Array | None
+        ):
+            kept = {}
+            if self.config.history_length:
+                past_inputs = x[..., :0, :] if past is None else past
+                kept["history"] = extend_history(past_inputs, x, self.config.history_length)
+            x, extra = block.run(
+                x, memory, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
+                return_weights=return_weights, depth_rate=depth_rate, key=key,
+            )  # fmt: skip
+            return x, extra | kept
+
+        x, extras = over_layers(layer, x, self.blocks, self._histories(x, history), config=self.config, key=key)
+        if self.config.history_length:
+            extras["history"] = tuple(extras.pop(f"blocks.{i}.history") for i in range(len(self.blocks)))
+        return x if self.norm is None else self.norm(x), extras
+
+    def _histories(self, x: Array, history: tuple[Array, ...] | None) -> tuple[Array, ...] | None:
         if history is None:
-            return (None,) * len(self.blocks)
+            return None
         if not self.config.history_length:
             raise ValueError("a history needs history_length in the configuration, got 0")
         if len(history) != len(self.blocks):

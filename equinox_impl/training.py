@@ -5,15 +5,16 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from core.config import TransformerConfig
 from core.losses import Batch, Metrics, sequence_metrics
 from core.training import accumulated
-from core.weights import check_weights, dotted, owned
+from core.weights import dotted, fitted, unstacked
 from equinox_impl.decoding import evaluation
+from equinox_impl.dispatch import Held
 from equinox_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from equinox_impl.weights import from_weights, to_weights
 
@@ -79,13 +80,12 @@ def train_step(
 ) -> tuple[Model, optax.OptState, Metrics]:
     """`update`, jitted; the buffers of the model and of the optimizer's state are reused, so drop the old ones."""
     options = {"label_smoothing": label_smoothing, "accumulate": accumulate}
-    return _train_step((batch, key, None), model, opt_state, tx=tx, **options)
+    return _train_step((batch, key), model, opt_state, tx=tx, **options)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, opt_state, *, tx, **options):
-    batch, key, step = kept
-    key = key if step is None else jax.random.fold_in(key, step)
+    batch, key = kept
     return update(model, opt_state, batch, key, tx=tx, **options)
 
 
@@ -96,7 +96,11 @@ def eval_step(model: Model, batch: Batch) -> Metrics:
 
 
 class Trainer:
-    """A model, its optimizer and its randomness, behind the methods that both frontends share."""
+    """A model, its optimizer and its randomness, behind the methods that both frontends share.
+
+    A step costs the host what plain `jax.jit` of its arrays does, for they are held flat: reach the model as
+    `trainer.model`, for the one that was given has lost its buffers after a step. Structure and modes stay as given.
+    """
 
     def __init__(
         self,
@@ -107,21 +111,31 @@ class Trainer:
         label_smoothing: float = 0.0,
         accumulate: bool = False,
     ):
-        self.accumulate = accumulate
-        self.key = jax.random.key(seed)
-        self.label_smoothing = label_smoothing
-        self.model = model
-        self.opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-        self.step = 0
-        self.tx = tx
+        opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        held = self._held = Held(model, opt_state, jax.random.key(seed), jnp.uint32(0))
+
+        def step(arrays: list[Array], batch: Batch) -> tuple[list[Array], Metrics]:
+            model, opt_state, key, n = held.whole(arrays)
+            own, options = jax.random.fold_in(key, n), {"label_smoothing": label_smoothing, "accumulate": accumulate}
+            model, opt_state, metrics = update(model, opt_state, batch, own, tx=tx, **options)
+            return Held(model, opt_state, key, n + 1).read(), metrics
+
+        self._step = jax.jit(step, donate_argnums=0)
+
+    @property
+    def model(self) -> Model:
+        """As it is now; the next step takes its buffers."""
+        return self._held.modules[0]
+
+    @property
+    def opt_state(self) -> optax.OptState:
+        """As it is now; the next step takes its buffers."""
+        return self._held.modules[1]
 
     def train(self, batch: Batch) -> Metrics:
         """One step; step n drops by fold_in(key(seed), n)."""
-        kept, options = (batch, self.key, np.uint32(self.step)), {"label_smoothing": self.label_smoothing}
-        self.model, self.opt_state, metrics = _train_step(
-            kept, self.model, self.opt_state, tx=self.tx, accumulate=self.accumulate, **options
-        )
-        self.step += 1
+        arrays, metrics = self._step(self._held.read(), batch)
+        self._held.write(arrays)
         return metrics
 
     def evaluate(self, batch: Batch) -> Metrics:
@@ -130,15 +144,12 @@ class Trainer:
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's arrays by name, the same names in both frontends."""
-        return _opt_arrays(self.opt_state)
+        return unstacked(_opt_arrays(self.opt_state))
 
     def resume(self, optimizer_state: Mapping[str, Array], *, step: int) -> None:
         """Goes on as after `step` steps, with a copy of that optimizer's state; the model has its weights already."""
-        names = _opt_arrays(self.opt_state)
-        check_weights(optimizer_state, names)
-        arrays = [owned(optimizer_state[name]) for name in names]
-        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), arrays)
-        self.step = step
+        model, opt_state, key, _ = self._held.modules
+        self._held.write(Held(model, _filled(opt_state, optimizer_state), key, jnp.uint32(step)).read())
 
 
 def init_transformer(config: TransformerConfig, *, seed: int, model_class: type[Kind] = Transformer) -> Kind:
@@ -162,14 +173,18 @@ def functional_step(
     def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
         model = from_weights(config, weights, model_class=model_class)
         opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-        filled = [state[name] for name in _opt_arrays(opt_state)]
-        opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), filled)
+        opt_state = _filled(opt_state, state)
         key = jax.random.fold_in(key, n)
         options = {"label_smoothing": label_smoothing, "accumulate": accumulate}
         model, opt_state, metrics = update(model, opt_state, batch, key, tx=tx, **options)
-        return to_weights(model), _opt_arrays(opt_state), metrics
+        return to_weights(model), unstacked(_opt_arrays(opt_state)), metrics
 
     return step
+
+
+def _filled(opt_state: optax.OptState, arrays: Mapping[str, Array]) -> optax.OptState:
+    filled = fitted(arrays, _opt_arrays(opt_state))
+    return jax.tree.unflatten(jax.tree.structure(opt_state), list(filled.values()))
 
 
 def _opt_arrays(opt_state: optax.OptState) -> dict[str, Array]:

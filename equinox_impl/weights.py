@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array
 
 from core.config import TransformerConfig
-from core.weights import check_weights, dotted, owned
+from core.weights import dotted, fitted, unstacked
 from equinox_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 
 Model = TypeVar("Model", bound=Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer | Classifier)
@@ -18,8 +18,9 @@ def to_weights(model: eqx.Module) -> dict[str, Array]:
     """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`.
 
     They are the model's own arrays: a train step that follows reuses their memory, so save or copy them before.
+    Of a model with `scan_layers` they are slices, by the same names.
     """
-    return _params(eqx.filter(model, eqx.is_inexact_array))
+    return unstacked(_params(eqx.filter(model, eqx.is_inexact_array)))
 
 
 def from_weights(
@@ -31,9 +32,8 @@ def from_weights(
     """
     model = eqx.filter_eval_shape(lambda key: model_class(config, key=key), jax.random.key(0))
     params, rest = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    check_weights(weights, _params(params))
-    filled = [owned(weights[name]) for name in _params(params)]
-    return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), filled), rest)
+    filled = fitted(weights, _params(params))
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), list(filled.values())), rest)
 
 
 def _params(tree: eqx.Module) -> dict[str, Any]:

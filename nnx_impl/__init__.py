@@ -4,8 +4,10 @@ from core.config import TransformerConfig
 from nnx_impl.attention import MultiHeadAttention
 from nnx_impl.blocks import DecoderBlock, EncoderBlock, FeedForward
 from nnx_impl.decoding import beam_search, evaluation, generate, score
+from nnx_impl.dispatch import compiled
 from nnx_impl.layers import Dropout, Embedding, LayerNorm, Linear, PositionEmbedding, RMSNorm, Unembedding
 from nnx_impl.relative import ShawPositions, T5Positions, TransformerXLPositions
+from nnx_impl.scan import StackedBlocks
 from nnx_impl.stacks import Decoder, Encoder
 from nnx_impl.training import Trainer, eval_step, functional_step, init_transformer, loss_fn, train_step, update
 from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
@@ -28,6 +30,7 @@ __all__ = [
     "PositionEmbedding",
     "RMSNorm",
     "ShawPositions",
+    "StackedBlocks",
     "T5Positions",
     "Trainer",
     "Transformer",
@@ -35,6 +38,7 @@ __all__ = [
     "TransformerXLPositions",
     "Unembedding",
     "beam_search",
+    "compiled",
     "eval_step",
     "evaluation",
     "from_weights",

@@ -60,9 +60,13 @@ class EncoderBlock(nnx.Module):
         mask: Mask | Bool[Array, "..."] | None = None,
         relative: Relative | None = None,
         return_weights: bool = False,
+        depth_rate: Float[Array, ""] | None = None,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B S D"], dict[str, Any]]:
-        """The same, and its attention weights by name if asked for; `relative` is what the stack shares."""
+        """The same, and its attention weights by name if asked for.
+
+        `relative` is what the stack shares, `depth_rate` that of the layer where the block stands for many.
+        """
         keys = site_keys(call_key(rngs, self.dropout), 3)
         stem = x if self.config.parallel_residual else None
         wrap = functools.partial(residual, norm_order=self.config.norm_order, stem=stem)
@@ -73,14 +77,14 @@ class EncoderBlock(nnx.Module):
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
-            dropout=functools.partial(self.dropout, rngs=keys[1]),
+            dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[1]),
         )
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
             out_norm=self.feed_forward_out_norm,
-            dropout=functools.partial(self.dropout, rngs=keys[2]),
+            dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[2]),
         )
         return x, {} if weights is None else {"attention": weights}
 
@@ -131,12 +135,13 @@ class DecoderBlock(nnx.Module):
         history: Float[Array, "*B M D"] | None = None,
         cache: KVCache | None = None,
         return_weights: bool = False,
+        depth_rate: Float[Array, ""] | None = None,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T D"], dict[str, Any]]:
         """The same, and by name the grown cache or the attention weights, if asked for.
 
         The first `prefix` tokens see each other; `relative` is what the stack shares; `history` is this block's input
-        at the tokens before.
+        at the tokens before; `depth_rate` is that of the layer where the block stands for many.
         """
         if (memory is None) != (self.cross_attention is None):
             raise ValueError("a block with cross-attention needs a memory, and one without takes none")
@@ -153,7 +158,7 @@ class DecoderBlock(nnx.Module):
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
-            dropout=functools.partial(self.dropout, rngs=keys[1]),
+            dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[1]),
         )  # fmt: skip
         cross_extra = None
         if self.cross_attention is not None and self.cross_attention_norm is not None:
@@ -165,14 +170,14 @@ class DecoderBlock(nnx.Module):
                 ),
                 norm=self.cross_attention_norm,
                 out_norm=self.cross_attention_out_norm,
-                dropout=functools.partial(self.dropout, rngs=keys[3]),
+                dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[3]),
             )  # fmt: skip
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
             norm=self.feed_forward_norm,
             out_norm=self.feed_forward_out_norm,
-            dropout=functools.partial(self.dropout, rngs=keys[4]),
+            dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[4]),
         )
         extras = {"attention": extra, "cross_attention": cross_extra}
         return x, {name: value for name, value in extras.items() if value is not None}

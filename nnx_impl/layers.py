@@ -159,8 +159,12 @@ class Dropout(nnx.Module):
         self.deterministic = deterministic
         self.rate = rate
 
-    def __call__(self, x: Float[Array, "*S"], *, rngs: Rngs | None = None) -> Float[Array, "*S"]:
-        return branch_dropout(x, self.rate, self.depth_rate, key=self.site_key(rngs))
+    def __call__(
+        self, x: Float[Array, "*S"], *, depth_rate: Float[Array, ""] | None = None, rngs: Rngs | None = None
+    ) -> Float[Array, "*S"]:
+        """A `depth_rate` here is that of the layer at hand, where one block stands for many."""
+        own_rate = self.depth_rate if depth_rate is None else depth_rate
+        return branch_dropout(x, self.rate, own_rate, key=self.site_key(rngs))
 
     def site_key(self, rngs: Rngs | None) -> PRNGKeyArray | None:
         """The key to use here and now: None in evaluation; ValueError if training lacks one."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
 from core.config import TransformerConfig
+from core.depth import over_layers
 from core.layers import site_keys
 from core.masks import Mask, Offset, Padding
 from core.positions import position_ids
@@ -17,16 +18,14 @@ from core.relative import extend_history
 from nnx_impl.blocks import DecoderBlock, EncoderBlock
 from nnx_impl.layers import Dropout, PositionEmbedding, Rngs, call_key, norm_layer
 from nnx_impl.relative import T5Positions
+from nnx_impl.scan import stack
 
 
 class Encoder(nnx.Module):
     """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        layers = config.num_encoder_layers
-        self.blocks = nnx.List(
-            [EncoderBlock(config, depth_rate=config.depth_rate(i, layers), rngs=rngs.fork()) for i in range(layers)]
-        )
+        self.blocks = stack(functools.partial(EncoderBlock, config), config, config.num_encoder_layers, rngs=rngs)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
         self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
@@ -54,16 +53,17 @@ class Encoder(nnx.Module):
 
         `positions` are for absolute encodings, where they do not count from 0 on.
         """
-        keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
+        key = call_key(rngs, self.dropout)
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
-        x, relative = self.dropout(x, rngs=keys[0]), None if self.relative is None else self.relative()
-        extras = {}
-        for i, (block, key) in enumerate(zip(self.blocks, keys[1:], strict=True)):
-            layer = functools.partial(
-                block.run, mask=mask, relative=relative, return_weights=return_weights, rngs=key
-            )  # fmt: skip
-            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x)
-            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
+        x = self.dropout(x, rngs=site_keys(key, 1)[0])
+        relative = None if self.relative is None else self.relative()
+
+        def layer(block: EncoderBlock, x: Array, _: Array | None, key: Rngs | None, depth_rate: Array | None):
+            return block.run(
+                x, mask=mask, relative=relative, return_weights=return_weights, depth_rate=depth_rate, rngs=key
+            )
+
+        x, extras = over_layers(layer, x, self.blocks, config=self.config, key=key)
         return x if self.norm is None else self.norm(x), extras
 
 
@@ -72,10 +72,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, rngs: nnx.Rngs):
         block = functools.partial(DecoderBlock, config, cross_attention=cross_attention)
-        layers = config.num_decoder_layers
-        self.blocks = nnx.List(
-            [block(depth_rate=config.depth_rate(i, layers), rngs=rngs.fork()) for i in range(layers)]
-        )
+        self.blocks = stack(block, config, config.num_decoder_layers, rngs=rngs)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
         self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
@@ -115,26 +112,30 @@ class Decoder(nnx.Module):
         other. A configuration with a history_length adds "history", to be given with the segment that follows: each
         block's last inputs, which its attention reads as if they stood before x, without gradients to them.
         """
-        keys = site_keys(call_key(rngs, self.dropout), 1 + len(self.blocks))
+        key = call_key(rngs, self.dropout)
         x = self.position_embedding(x.astype(jnp.dtype(self.config.dtype)), positions=positions)
-        x, relative = self.dropout(x, rngs=keys[0]), None if self.relative is None else self.relative()
-        histories = self._histories(x, history)
-        extras, kept = {}, []
-        for i, (block, past, key) in enumerate(zip(self.blocks, histories, keys[1:], strict=True)):
-            if self.config.history_length:
-                kept.append(extend_history(x[..., :0, :] if past is None else past, x, self.config.history_length))
-            layer = functools.partial(
-                block.run, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
-                return_weights=return_weights, rngs=key,
-            )  # fmt: skip
-            x, extra = (jax.checkpoint(layer) if self.config.remat else layer)(x, memory)
-            extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
-        x = x if self.norm is None else self.norm(x)
-        return x, extras | {"history": tuple(kept)} if self.config.history_length else extras
+        x = self.dropout(x, rngs=site_keys(key, 1)[0])
+        relative = None if self.relative is None else self.relative()
 
-    def _histories(self, x: Array, history: tuple[Array, ...] | None) -> tuple[Array | None, ...]:
+        def layer(block: DecoderBlock, x: Array, past: Array | None, key: Rngs | None, depth_rate: Array | None):
+            kept = {}
+            if self.config.history_length:
+                past_inputs = x[..., :0, :] if past is None else past
+                kept["history"] = extend_history(past_inputs, x, self.config.history_length)
+            x, extra = block.run(
+                x, memory, mask=mask, memory_mask=memory_mask, prefix=prefix, relative=relative, history=past,
+                return_weights=return_weights, depth_rate=depth_rate, rngs=key,
+            )  # fmt: skip
+            return x, extra | kept
+
+        x, extras = over_layers(layer, x, self.blocks, self._histories(x, history), config=self.config, key=key)
+        if self.config.history_length:
+            extras["history"] = tuple(extras.pop(f"blocks.{i}.history") for i in range(len(self.blocks)))
+        return x if self.norm is None else self.norm(x), extras
+
+    def _histories(self, x: Array, history: tuple[Array, ...] | None) -> tuple[Array, ...] | None:
         if history is None:
-            return (None,) * len(self.blocks)
+            return None
         if not self.config.history_length:
             raise ValueError("a history needs history_length in the configuration, got 0")
         if len(history) != len(self.blocks):

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from core.config import TransformerConfig
 from core.losses import Batch, Metrics, sequence_metrics
 from core.training import accumulated
-from core.weights import check_weights, dotted, owned
+from core.weights import dotted, fitted, unstacked
 from nnx_impl.decoding import evaluation
+from nnx_impl.dispatch import Held
 from nnx_impl.layers import Rngs, call_key
 from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 from nnx_impl.weights import from_weights, to_weights
@@ -81,7 +82,11 @@ def eval_step(model: Model, batch: Batch) -> Metrics:
 
 
 class Trainer:
-    """A model, its optimizer and its randomness, behind the methods that both frontends share."""
+    """A model, its optimizer and its randomness, behind the methods that both frontends share.
+
+    A step costs the host what plain `jax.jit` of its arrays does, for they are held flat: reach the model as
+    `trainer.model`, for the one that was given has lost its buffers after a step. Structure and modes stay as given.
+    """
 
     def __init__(
         self,
@@ -92,16 +97,35 @@ class Trainer:
         label_smoothing: float = 0.0,
         accumulate: bool = False,
     ):
-        self.accumulate = accumulate
-        self.label_smoothing = label_smoothing
-        self.model = model
-        self.optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        self.rngs = nnx.Rngs(dropout=seed)
+        held = self._held = Held(model, nnx.Optimizer(model, tx, wrt=nnx.Param), nnx.Rngs(dropout=seed))
+
+        def step(arrays: list[Array], batch: Batch) -> tuple[list[Array], Metrics]:
+            model, optimizer, rngs = held.whole(arrays)
+            metrics = update(model, optimizer, batch, rngs, label_smoothing=label_smoothing, accumulate=accumulate)
+            return Held(model, optimizer, rngs).read(), metrics
+
+        self._step = jax.jit(step, donate_argnums=0)
+
+    @property
+    def model(self) -> Model:
+        """As it is now."""
+        return self._held.modules[0]
+
+    @property
+    def optimizer(self) -> nnx.Optimizer:
+        """As it is now."""
+        return self._held.modules[1]
+
+    @property
+    def rngs(self) -> nnx.Rngs:
+        """As they are now: the count of the dropout stream is that of the steps."""
+        return self._held.modules[2]
 
     def train(self, batch: Batch) -> Metrics:
         """One step; step n drops by fold_in(key(seed), n)."""
-        options = {"label_smoothing": self.label_smoothing, "accumulate": self.accumulate}
-        return train_step(self.model, self.optimizer, batch, self.rngs, **options)
+        arrays, metrics = self._step(self._held.read(), batch)
+        self._held.write(arrays)
+        return metrics
 
     def evaluate(self, batch: Batch) -> Metrics:
         """The metrics of a batch with dropout off."""
@@ -109,14 +133,13 @@ class Trainer:
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's arrays by name, the same names in both frontends."""
-        return {name: variable[...] for name, variable in _opt_variables(self.optimizer).items()}
+        return unstacked({name: variable[...] for name, variable in _opt_variables(self.optimizer).items()})
 
     def resume(self, optimizer_state: Mapping[str, Array], *, step: int) -> None:
         """Goes on as after `step` steps, with a copy of that optimizer's state; the model has its weights already."""
         variables = _opt_variables(self.optimizer)
-        check_weights(optimizer_state, variables)
-        for name, variable in variables.items():
-            variable.set_value(owned(optimizer_state[name]))
+        for name, array in fitted(optimizer_state, variables).items():
+            variables[name].set_value(array)
         self.rngs.dropout.count.set_value(jnp.uint32(step))
 
 
@@ -141,12 +164,13 @@ def functional_step(
     def step(weights: Mapping[str, Array], state: Mapping[str, Array], batch: Batch, key: PRNGKeyArray, n: Array):
         model = from_weights(config, weights, model_class=model_class)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        for name, variable in _opt_variables(optimizer).items():
-            variable[...] = state[name]
+        variables = _opt_variables(optimizer)
+        for name, array in fitted(state, variables).items():
+            variables[name].set_value(array)
         rngs = nnx.Rngs(dropout=key)
         rngs.dropout.count[...] = n
         metrics = update(model, optimizer, batch, rngs, label_smoothing=label_smoothing, accumulate=accumulate)
-        return to_weights(model), {n: v[...] for n, v in _opt_variables(optimizer).items()}, metrics
+        return to_weights(model), unstacked({n: v[...] for n, v in variables.items()}), metrics
 
     return step
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from core.config import TransformerConfig
-from core.weights import check_weights, owned
+from core.weights import fitted, unstacked
 from nnx_impl.transformer import Classifier, DecoderOnlyTransformer, EncoderOnlyTransformer, Transformer
 
 Model = TypeVar("Model", bound=Transformer | EncoderOnlyTransformer | DecoderOnlyTransformer | Classifier)
@@ -17,8 +17,9 @@ def to_weights(model: nnx.Module) -> dict[str, Array]:
     """Every parameter by its dotted name, as in `encoder.blocks.0.attention.q_proj.kernel`.
 
     They are the model's own arrays: a train step that follows reuses their memory, so save or copy them before.
+    Of a model with `scan_layers` they are slices, by the same names.
     """
-    return {name: param[...] for name, param in _params(nnx.state(model, nnx.Param)).items()}
+    return unstacked({name: param[...] for name, param in _params(nnx.state(model, nnx.Param)).items()})
 
 
 def from_weights(
@@ -31,9 +32,8 @@ def from_weights(
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     params = _params(state)
-    check_weights(weights, params)
-    for name, param in params.items():
-        param.set_value(owned(weights[name]))
+    for name, array in fitted(weights, params).items():
+        params[name].set_value(array)
     nnx.update(model, state)
     return model
 

@@ -115,6 +115,9 @@ def train(
     dropout_rate: Annotated[float, typer.Option(help="From 0 to below 1.")] = 0.1,
     compute: Annotated[str, typer.Option(help="In which numbers it computes: float32 or bfloat16.")] = "float32",
     remat: Annotated[bool, typer.Option("--remat", help="Compute blocks twice, to save memory.")] = False,
+    scan_layers: Annotated[
+        bool, typer.Option("--scan-layers", help="Compile one block for all layers, whatever their number.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.")] = 0,
 ) -> None:
     """Train a model; the latest state and the best by validation loss are kept."""
@@ -138,6 +141,7 @@ def train(
         dropout_rate=dropout_rate,
         dtype=compute,
         remat=remat,
+        scan_layers=scan_layers,
     )
     options = TrainingOptions(
         steps=steps,

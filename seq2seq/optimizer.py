@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from core.weights import dotted
+from core.weights import dotted, is_stacked, unstacked
+from seq2seq.errors import UserError
 from seq2seq.options import TrainingOptions
 
 
@@ -20,7 +21,8 @@ def make_optimizer(options: TrainingOptions) -> optax.GradientTransformation:
         optax.adamw(learning_rate(options), b2=0.98, weight_decay=options.weight_decay, mask=decayed),
     )
     if options.frozen:
-        labels = lambda params: by_name(lambda name, x: "frozen" if matches(name, options.frozen) else "free", params)
+        label = lambda name, x: "frozen" if _frozen(name, x, options.frozen) else "free"
+        labels = lambda params: by_name(label, params)
         tx = optax.multi_transform({"free": tx, "frozen": optax.set_to_zero()}, labels)
     if options.average:
         tx = optax.chain(tx, weight_average(options.average))
@@ -45,7 +47,7 @@ def learning_rate(options: TrainingOptions) -> optax.Schedule:
 
 def decayed(params: PyTree) -> PyTree:
     """True for matrices: what multiplies vectors may shrink, what is added to them or scales them may not."""
-    return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+    return by_name(lambda name, x: x.ndim - is_stacked(name, x) > 1, params)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -56,6 +58,16 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 def by_name(function: Callable, params: PyTree) -> PyTree:
     """`function(dotted name, leaf)` of each parameter, in either frontend's tree."""
     return jax.tree.map_with_path(lambda path, x: function(dotted(path).removesuffix(".value"), x), params)
+
+
+def _frozen(name: str, x: jax.Array, patterns: tuple[str, ...]) -> bool:
+    found = {matches(own, patterns) for own in unstacked({name: jax.ShapeDtypeStruct(x.shape, x.dtype)})}
+    if len(found) > 1:
+        raise UserError(
+            f"with scanned layers all of {name} is frozen or none, got frozen={patterns}; "
+            "name all layers, or leave out --scan-layers"
+        )
+    return found.pop()
 
 
 class AverageState(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from hypothesis import strategies as st
 
-from core.config import Activation, NormOrder, Positions, RotaryLayout, RotaryScaling, TransformerConfig
+from core.config import Activation, Kept, NormOrder, Positions, RotaryLayout, RotaryScaling, TransformerConfig
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -95,6 +95,8 @@ def configs(draw, **fixed) -> TransformerConfig:
         "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
         "param_dtype": draw(st.sampled_from(["float32", "bfloat16"])),
     }
+    fields["remat"], fields["scan_layers"] = draw(st.booleans()), draw(st.booleans())
+    fields["remat_keeps"] = draw(st.sampled_from(get_args(Kept)))
     fields["parallel_residual"] = fields["norm_order"] != "post" and draw(st.booleans())
     fields |= fixed
     if fields["tie_embeddings"] == "all":

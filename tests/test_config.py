@@ -48,11 +48,11 @@ BAD = [
       for value in ((1,), (1, 2, 3), (1, -1), (1.0, 2), (True, 2))],
     *[({name: value}, f"{name} must be bool, got {value!r}")
       for name in ("attention_bias", "feed_forward_bias", "attention_sinks", "qk_norm", "parallel_residual",
-                   "scale_embeddings", "remat")
+                   "scale_embeddings", "remat", "scan_layers")
       for value in (1, 0, None, "yes")],
     *[({name: value}, f"{name} must be one of .*, got {value!r}")
       for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype",
-                   "rotary_layout", "rotary_scaling")
+                   "rotary_layout", "rotary_scaling", "remat_keeps")
       for value in ("other", None, 1, True)],
     ({"d_model": 10, "num_heads": 4}, "d_model must be a multiple of num_heads, got d_model=10, num_heads=4"),
     ({"num_heads": 8, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=8"),

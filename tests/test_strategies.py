@@ -19,7 +19,6 @@ ELSEWHERE = {
     "target_vocab_size": "sizes of the two sides differ in every draw",
     "rotary_factor": "test_rotary.py draws it; here 4, which no scaling takes for 1",
     "history_length": "test_agreement.py and test_reference.py set it where positions allow it",
-    "remat": "test_agreement.py: the train step; test_attention_oracle.py: gradients",
 }
 
 

@@ -149,6 +149,27 @@ def test_only_matrices_decay(package):
         np.testing.assert_allclose(array, wanted, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.usefixtures("lenient")
+@every_frontend
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_a_scan_over_layers_decays_and_freezes_what_the_loop_does(package, scan):
+    """A stacked vector is no matrix, and a layer's name stands for its slice."""
+    config = CONFIG.replace(num_encoder_layers=2, scan_layers=scan)
+    weights, frozen = random_weights(config, 0), ("encoder.blocks.[01].feed_forward.*",)
+    options = TrainingOptions(weight_decay=0.5, learning_rate=0.1, warmup=1, frozen=frozen)
+    trainer = package.Trainer(package.from_weights(config, weights), make_optimizer(options))
+    trainer.train(random_batch(config, 0)._replace(target_mask=jnp.zeros((2, 4), bool)))
+    for name, array in package.to_weights(trainer.model).items():
+        decays = weights[name].ndim > 1 and not name.startswith(("encoder.blocks.0.feed", "encoder.blocks.1.feed"))
+        np.testing.assert_allclose(array, np.asarray(weights[name]) * (1 - 0.05 * decays), rtol=1e-6, err_msg=name)
+    one = make_optimizer(dataclasses.replace(options, frozen=("encoder.blocks.1.*",)))
+    if scan:
+        with pytest.raises(UserError, match=r"with scanned layers all of encoder\.blocks\.stacked\.\S+ is frozen or"):
+            package.Trainer(package.from_weights(config, weights), one)
+    else:
+        package.Trainer(package.from_weights(config, weights), one)
+
+
 def test_the_average_of_weights_is_its_formula():
     weights = {"a": jnp.asarray([1.0, 2.0])}
     tx, rng = weight_average(0.9), np.random.default_rng(0)
