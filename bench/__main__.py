@@ -1,4 +1,4 @@
-"""`python -m bench [FILE.json]` prints the tables, and saves them if a file is named."""
+"""`python -m bench [FILE.json]` prints the tables, and saves them if a file is named; `python -m bench recipes`."""
 
 import json
 import os
@@ -10,11 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import recipe_tables
 from bench.speed import LENGTHS, attention_times
 
 
 def main() -> None:
     """Attention of one layer, forward and with its gradient, by length."""
+    if sys.argv[1:2] == ["recipes"]:
+        recipe_tables.main(sys.argv[2:])
+        return
     console, results = Console(), []
     for length in LENGTHS:
         for name, times in attention_times(length).items():
