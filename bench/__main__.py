@@ -1,4 +1,4 @@
-"""`python -m bench [FILE.json]` prints the tables, and saves them if a file is named; `python -m bench recipes`."""
+"""`python -m bench [dispatch|compile|recipes] [FILE.json]` prints the tables, and saves them if a file is named."""
 
 import json
 import os
@@ -13,11 +13,16 @@ from rich.table import Table
 from bench import recipe_tables
 from bench.speed import LENGTHS, attention_times
 
+BENCHES = ("dispatch", "compile")
+
 
 def main() -> None:
-    """Attention of one layer, forward and with its gradient, by length."""
+    """One of the benches by its name; by default attention of one layer, forward and with its gradient, by length."""
     if sys.argv[1:2] == ["recipes"]:
         recipe_tables.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] and sys.argv[1] in BENCHES:
+        _bench(sys.argv[1], sys.argv[2:])
         return
     console, results = Console(), []
     for length in LENGTHS:
@@ -32,10 +37,35 @@ def main() -> None:
                 ratio = f"{ours / row[kind]:.2f}"
                 table.add_row(str(length), row["implementation"], f"{1000 * row[kind]:.2f} ms", ratio)
         console.print(table)
-    machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "jax": version("jax")}
+    machine = _machine("jax")
     console.print(f"interleaved in one process, outputs checked against each other first; {machine}", highlight=False)
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+
+
+def _bench(name: str, rest: list[str]) -> None:
+    console, machine = Console(width=200), _machine("jax", "flax", "equinox")
+    if name == "dispatch":
+        from bench.dispatch import LAYERS, dispatch_costs, tables
+
+        results = [cost for layers in LAYERS for cost in dispatch_costs(layers)]
+        shown = tables(results)
+    else:
+        from bench.compile_time import compilations, table
+
+        results = compilations()
+        shown = [table(results)]
+    for one in shown:
+        console.print(one)
+    console.print(f"interleaved in one process, medians (with spread); {machine}", highlight=False)
+    if rest:
+        found = {"machine": machine, "results": [one._asdict() for one in results]}
+        Path(rest[0]).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _machine(*packages: str) -> dict[str, str | int]:
+    versions: dict[str, str | int] = {name: version(name) for name in packages}
+    return versions | {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))}
 
 
 if __name__ == "__main__":
