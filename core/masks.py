@@ -6,54 +6,18 @@ A mask becomes an array only where it meets the logits `[*B, N, T, S]`: there qu
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Integer
+from jaxtyping import Array, ArrayLike, Bool, Integer
 
 from core.config import check_window
+from core.grid import Block, Grid, Offset
 from core.values import STATIC, value
 
-Offset = int | Integer[Array, "..."]
 _FARTHEST = 2**31 - 1  # positions are int32
-
-
-class Grid(NamedTuple):
-    """The cells of the logits `[*B, N, T, S]`, and where their queries stand; an offset may differ by row."""
-
-    shape: tuple[int, ...]
-    q_offset: Offset | None = None
-
-    def offset(self) -> Integer[Array, "..."]:
-        """The first query's position, `[*B, 1, 1, 1]` with 1 where it broadcasts."""
-        *batch, _, queries, keys = self.shape
-        if self.q_offset is None and queries != keys:
-            raise ValueError(
-                f"what goes by position needs q_offset where T={queries} queries meet S={keys} keys: "
-                f"0 aligns the first query with the first key, S - T = {keys - queries} the last with the last"
-            )
-        offset = jnp.asarray(0 if self.q_offset is None else self.q_offset)
-        if not jnp.issubdtype(offset.dtype, jnp.integer):
-            raise TypeError(f"q_offset must be an integer or an array of them, got {offset.dtype}")
-        if offset.shape not in ((), tuple(batch)):
-            raise ValueError(f"q_offset must be one integer or have the batch shape {tuple(batch)}, got {offset.shape}")
-        return offset.astype(jnp.int32).reshape(*(offset.shape or (1,) * len(batch)), 1, 1, 1)
-
-    def keys(self) -> Integer[Array, "..."]:
-        """The keys' positions, rank of the logits."""
-        rank = len(self.shape)
-        return jax.lax.broadcasted_iota(jnp.int32, (1,) * (rank - 1) + self.shape[-1:], rank - 1)
-
-    def queries(self) -> Integer[Array, "..."]:
-        """The queries' positions, rank of the logits."""
-        rank = len(self.shape)
-        return self.offset() + jax.lax.broadcasted_iota(jnp.int32, (1,) * (rank - 2) + (self.shape[-2], 1), rank - 2)
-
-    def ahead(self) -> Integer[Array, "..."]:
-        """How far each key's position lies ahead of each query's, rank of the logits."""
-        return self.keys() - self.queries()
 
 
 class Mask:
@@ -64,6 +28,14 @@ class Mask:
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         """True where allowed, of the logits' rank, 1 where it broadcasts."""
         raise NotImplementedError
+
+    def cut(self, block: Block) -> "Mask":
+        """The mask of one block, whose positions are counted from its first key."""
+        raise NotImplementedError
+
+    def span(self, first: Integer[Array, ""], last: Integer[Array, ""], keys: int) -> tuple[ArrayLike, ArrayLike]:
+        """Between which keys, [begin, end), all lies that queries at positions first to last may see."""
+        return 0, keys
 
     def __and__(self, other: Any) -> "Mask":
         return self if other is None else All((self, as_mask(other)))
@@ -89,6 +61,12 @@ class Causal(Mask):
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return grid.ahead() <= 0
 
+    def cut(self, block: Block) -> "Causal":
+        return self
+
+    def span(self, first, last, keys):
+        return 0, jnp.minimum(last, keys - 1) + 1
+
 
 @value
 class Window(Mask):
@@ -103,6 +81,15 @@ class Window(Mask):
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         ahead = grid.ahead()
         return (-min(self.left, _FARTHEST) <= ahead) & (ahead <= min(self.right, _FARTHEST))
+
+    def cut(self, block: Block) -> "Window":
+        return self
+
+    def span(self, first, last, keys):
+        # the bounds of what is there first, for int32 has an end
+        begin = 0 if self.left >= keys else jnp.minimum(first, 2 * keys) - self.left
+        end = keys if self.right >= keys else jnp.minimum(jnp.minimum(last, keys) + self.right + 1, keys)
+        return begin, end
 
 
 @value
@@ -120,6 +107,13 @@ class Prefix(Mask):
             )
         return grid.keys() < length.astype(jnp.int32).reshape(*(length.shape or (1,) * len(batch)), 1, 1, 1)
 
+    def cut(self, block: Block) -> "Prefix":
+        length = jnp.asarray(self.length)
+        return Prefix((block.cut(length, "") if length.ndim else length).astype(jnp.int32) - block.keys[0])
+
+    def span(self, first, last, keys):
+        return 0, jnp.max(jnp.asarray(self.length)).astype(jnp.int32)
+
 
 @value
 class Padding(Mask):
@@ -131,6 +125,9 @@ class Padding(Mask):
         _check_bool("a padding mask", self.real, "use tokens != pad_id")
         _check_shape("a padding mask", self.real.shape, (*grid.shape[:-3], grid.shape[-1]), "[*B, S]")
         return self.real[..., None, None, :]
+
+    def cut(self, block: Block) -> "Padding":
+        return Padding(block.cut(self.real, "S"))
 
 
 @value
@@ -149,6 +146,10 @@ class Segments(Mask):
         _check_shape("segment ids of keys", keys.shape, (*batch, grid.shape[-1]), "[*B, S]")
         return self.queries[..., None, :, None] == keys[..., None, None, :]
 
+    def cut(self, block: Block) -> "Segments":
+        keys = self.queries if self.keys is None else self.keys
+        return Segments(block.cut(self.queries, "T"), block.cut(keys, "S"))
+
 
 @value
 class Dense(Mask):
@@ -161,6 +162,9 @@ class Dense(Mask):
         check_broadcasts("mask", self.array.shape, grid.shape)
         return self.array
 
+    def cut(self, block: Block) -> "Dense":
+        return Dense(block.cut(self.array, "NTS"))
+
 
 @value
 class All(Mask):
@@ -170,6 +174,13 @@ class All(Mask):
 
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return functools.reduce(jnp.logical_and, [mask.cells(grid) for mask in self.masks])
+
+    def cut(self, block: Block) -> "All":
+        return All(tuple(mask.cut(block) for mask in self.masks))
+
+    def span(self, first, last, keys):
+        begins, ends = zip(*(mask.span(first, last, keys) for mask in self.masks), strict=True)
+        return functools.reduce(jnp.maximum, begins), functools.reduce(jnp.minimum, ends)
 
 
 @value
@@ -181,6 +192,13 @@ class Either(Mask):
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return functools.reduce(jnp.logical_or, [mask.cells(grid) for mask in self.masks])
 
+    def cut(self, block: Block) -> "Either":
+        return Either(tuple(mask.cut(block) for mask in self.masks))
+
+    def span(self, first, last, keys):
+        begins, ends = zip(*(mask.span(first, last, keys) for mask in self.masks), strict=True)
+        return functools.reduce(jnp.minimum, begins), functools.reduce(jnp.maximum, ends)
+
 
 @value
 class Not(Mask):
@@ -190,6 +208,9 @@ class Not(Mask):
 
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return ~self.mask.cells(grid)
+
+    def cut(self, block: Block) -> "Not":
+        return Not(self.mask.cut(block))
 
 
 def as_mask(mask: Mask | Bool[Array, "..."]) -> Mask:

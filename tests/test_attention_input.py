@@ -112,11 +112,12 @@ def test_bad_input_is_named_with_rule_and_remedy(name, untyped):
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_way_to_ask_refuses_the_same(name, untyped):
-    """With weights; the weights alone, where neither v nor dropout is at fault; and the cells, where those are."""
+    """By blocks; with weights; the weights alone, where v and dropout are not at fault; the cells, where those are."""
     changes, error, message = BAD[name]
     rules = small(**changes)
     q, k, v = (rules.pop(name) for name in "qkv")
-    calls = [lambda: attention_with_weights(q, k, v, **rules)]
+    blockwise = {"implementation": "blockwise"} | rules
+    calls = [lambda: attention_with_weights(q, k, v, **rules), lambda: dot_product_attention(q, k, v, **blockwise)]
     if not {"v", "dropout_rate", "implementation"} & changes.keys():
         calls.append(lambda: attention_weights(q, k, **rules))
     if changes.keys() <= {"mask", "bias", "window", "causal", "q_offset"}:

@@ -23,6 +23,7 @@ from conformance.adapters import (
 from conformance.cases import gaussian
 from core import layers, losses, relative, weights
 from core.attention import IMPLEMENTATIONS, dot_product_attention
+from core.blockwise import blockwise_attention
 from core.cache import KVCache, cached_attention, empty_keys_values
 from core.positions import sinusoidal_table
 from core.rotary import rotary
@@ -33,14 +34,17 @@ def random_key(seed):
     return None if seed is None else jax.random.key(seed)
 
 
-def attend(implementation, q, k, v, *, dropout_seed=None, **options):
-    return dot_product_attention(
-        q, k, v, dropout_key=random_key(dropout_seed), implementation=implementation, **options
-    )  # fmt: skip
+def attend(function, q, k, v, *, dropout_seed=None, **options):
+    return function(q, k, v, dropout_key=random_key(dropout_seed), **options)
 
 
+ATTENTIONS = {
+    "materialised": functools.partial(dot_product_attention, implementation="materialised"),
+    "blockwise": functools.partial(blockwise_attention, block=(2, 3)),  # the arrays of the laws are small
+}
 attentions = tuple(
-    Attention(f"isoformer, {name}", functools.partial(attend, name), Attention.flags.keys()) for name in IMPLEMENTATIONS
+    Attention(f"isoformer, {name}", functools.partial(attend, ATTENTIONS[name]), Attention.flags.keys())
+    for name in IMPLEMENTATIONS
 )
 attention = attentions[0]
 

@@ -1,0 +1,260 @@
+"""Blockwise attention is the materialised one: same values, same gradients, same rules, without T x S memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.attention import dot_product_attention
+from core.blockwise import blockwise_attention
+from core.grid import Block, Grid
+from core.masks import Causal, Padding, Prefix, Segments, Window
+from core.relative import T5, ALiBi, Shaw, TransformerXL
+from tests.strategies import RECTANGULAR_SHAPES, SQUARE_SHAPES, AttentionShape, attention_cases, qkv, seeds
+
+CUTS = {  # queries and keys: with a rest, the other way round, exactly, one by one, all at once
+    SQUARE_SHAPES[2]: (2, 3),
+    RECTANGULAR_SHAPES[1]: (4, 2),
+    AttentionShape((2, 1), 4, 6, 4, 2, 3, 5): (2, 3),
+    RECTANGULAR_SHAPES[0]: (1, 1),
+    SQUARE_SHAPES[0]: (64, 64),
+}
+shapes = st.sampled_from(list(CUTS))
+few_shapes = st.sampled_from(list(CUTS)[:2])
+materialised = functools.partial(dot_product_attention, implementation="materialised")
+
+
+@functools.partial(jax.jit, static_argnames=("function", "static"))
+def with_gradients(function, arrays, rules, cotangent, static):
+    """The output, and the gradients by all of `arrays`: q, k, v and learned rules by name."""
+
+    def attend(arrays):
+        q, k, v, learned = arrays
+        return function(q, k, v, **learned, **rules, **dict(static))
+
+    out, pull = jax.vjp(attend, arrays)
+    return out, pull(cotangent)[0]
+
+
+def both_ways(problem, arrays, rules, seed, **static):
+    """Of the blockwise form and of the materialised one."""
+    shape = (*arrays[0].shape[:-1], arrays[2].shape[-1])
+    cotangent = np.random.default_rng([seed, 5]).standard_normal(shape).astype(arrays[2].dtype)
+    static = tuple(static.items())
+    return (
+        with_gradients(blockwise_of(CUTS[problem]), arrays, rules, cotangent, static),
+        with_gradients(materialised, arrays, rules, cotangent, static),
+    )
+
+
+@functools.cache
+def blockwise_of(block):
+    return functools.partial(blockwise_attention, block=block)
+
+
+def equal_within(got, wanted, units):
+    """Every leaf, within so many roundings of its largest number."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == y.dtype
+        bound = units * jnp.finfo(x.dtype).eps * max(1.0, np.abs(np.asarray(y, "float64")).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+# every rule, forward and backward
+
+
+@given(attention_cases(shapes, ["causal", "bias window", "mask bias causal window"]), seeds)
+def test_masks_biases_windows_and_offsets_act_alike(case, seed):
+    rules = dict(case.rules)
+    static = {name: rules.pop(name) for name in ("causal", "window") if name in rules}
+    learned = {"bias": rules.pop("bias")} if "bias" in rules else {}
+    equal_within(*both_ways(case.shape, (*case.qkv, learned), rules, seed, **static), 64)
+
+
+@given(shapes, seeds, st.sampled_from([(None, None), (0.7, -0.4)]))
+def test_soft_caps_scales_and_sinks_act_alike(shape, seed, numbers):
+    learned = {"sinks": np.random.default_rng([seed, 6]).standard_normal(shape.N).astype("float32")}
+    static = dict(zip(("soft_cap", "scale"), numbers, strict=True))
+    equal_within(*both_ways(shape, (*qkv(shape, seed), learned), {}, seed, **static), 64)
+
+
+def relative_encodings(shape, rng):
+    normal = lambda *size: jnp.asarray(rng.standard_normal(size), "float32")
+    return {
+        "alibi": ALiBi(),
+        "t5": T5(normal(8, shape.N), max_distance=6),
+        "shaw": Shaw(normal(5, shape.H), normal(5, shape.Hv)),
+        "transformer_xl": TransformerXL(
+            normal(shape.N, shape.H), normal(6, shape.N * shape.H), normal(shape.N, shape.H)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["alibi", "t5", "shaw", "transformer_xl"])
+@given(few_shapes, seeds)
+def test_relative_encodings_act_and_learn_alike(name, shape, seed):
+    rng = np.random.default_rng([seed, 7])
+    learned = {"relative": relative_encodings(shape, rng)[name]}
+    rules = {"q_offset": rng.integers(-1, shape.S, shape.batch).astype("int32")}
+    equal_within(*both_ways(shape, (*qkv(shape, seed), learned), rules, seed, causal=True), 256)
+
+
+@given(shapes, seeds)
+def test_composed_masks_act_alike(shape, seed):
+    """Padding, segments, prefixes and windows under and, or, not."""
+    equal_within(*both_ways(shape, (*qkv(shape, seed), {}), {"mask": composed(shape, seed), "q_offset": 1}, seed), 64)
+
+
+def composed(shape, seed):
+    rng = np.random.default_rng([seed, 8])
+    real = jnp.asarray(rng.random((*shape.batch, shape.S)) < 0.8)
+    ids = [jnp.asarray(rng.integers(0, 2, (*shape.batch, length)), "int32") for length in (shape.T, shape.S)]
+    prefix = Prefix(jnp.asarray(rng.integers(0, shape.S + 1, shape.batch), "int32"))
+    return Padding(real) & (Causal() & Window(3, 0) | prefix | ~Segments(*ids))
+
+
+@given(few_shapes, seeds)
+def test_in_float64_the_two_differ_by_nothing_but_float64_rounding(shape, seed):
+    with jax.enable_x64(True):
+        arrays = (*qkv(shape, seed, "float64", scale=3), {})
+        rules = {"mask": composed(shape, seed), "q_offset": 1}
+        equal_within(*both_ways(shape, arrays, rules, seed), 256)
+
+
+@given(attention_cases(shapes, ["mask causal"]), st.sampled_from([np.nan, np.inf]))
+def test_what_no_query_sees_may_hold_anything_and_has_no_gradient(case, poison):
+    rules = dict(case.rules)
+    static = {name: rules.pop(name) for name in ("causal",) if name in rules}
+    unseen = ~case.seen[..., None]
+    dead = ~case.allowed.any(-1).swapaxes(-1, -2)[..., None]
+    poisoned = np.where(dead, poison, case.q), np.where(unseen, poison, case.k), np.where(unseen, poison, case.v)
+    poisoned = [x.astype("float32") for x in poisoned]
+    clean, _ = both_ways(case.shape, (*case.qkv, {}), rules, 1, **static)
+    out, (q, k, v, _) = both_ways(case.shape, (*poisoned, {}), rules, 1, **static)[0]
+    np.testing.assert_array_equal(out, clean[0])
+    jax.tree.map(np.testing.assert_array_equal, (q, k, v), clean[1][:3])
+    for gradient, without in ((q, dead), (k, unseen), (v, unseen)):
+        assert not np.where(without, gradient, 0).any()
+
+
+@given(attention_cases(shapes, ["mask causal"]), seeds)
+def test_a_value_that_is_not_finite_spoils_the_queries_that_see_it_and_no_gradient_of_others(case, seed):
+    rules = dict(case.rules)
+    static = {name: rules.pop(name) for name in ("causal",) if name in rules}
+    v = case.v.copy()
+    v[..., 0, 0, 0] = np.nan
+    (out, gradients), (wanted, wanted_gradients) = both_ways(case.shape, (case.q, case.k, v, {}), rules, seed, **static)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(wanted))
+    equal_within(gradients, wanted_gradients, 64)
+
+
+# dropout
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def after_dropout(q, k, v, key, block):
+    """A sum, and its gradients."""
+    attend = lambda q, k, v: blockwise_attention(
+        q, k, v, causal=True, q_offset=0, dropout_rate=0.4, dropout_key=key, block=block
+    ).sum()
+    return jax.value_and_grad(attend, (0, 1, 2))(q, k, v)
+
+
+@given(few_shapes, seeds)
+def test_the_gradient_is_that_of_the_very_weights_that_dropout_left(shape, seed):
+    """Against differences of the function itself, for the materialised form draws other bits."""
+    with jax.enable_x64(True):
+        x, direction = (qkv(shape, seed + i, "float64") for i in range(2))
+        moved = lambda step: (a + step * b for a, b in zip(x, direction, strict=True))
+        values = [after_dropout(*moved(step), jax.random.key(seed), CUTS[shape])[0] for step in (1e-6, -1e-6)]
+        _, gradients = after_dropout(*x, jax.random.key(seed), CUTS[shape])
+        slope = sum((a * b).sum() for a, b in zip(gradients, direction, strict=True))
+        np.testing.assert_allclose((values[0] - values[1]) / 2e-6, slope, rtol=1e-6, atol=1e-7)
+
+
+def test_dropout_keeps_the_mean_and_differs_between_rows_heads_and_blocks():
+    shape, rate = AttentionShape((3,), 8, 8, 2, 2, 4, 8), 0.25
+    q, k, _ = map(jnp.asarray, qkv(shape, 0))
+    v = jnp.broadcast_to(np.eye(8, dtype="float32")[:, None], (3, 8, 2, 8))  # the output is the weights
+    attend = jax.jit(
+        jax.vmap(lambda key: blockwise_attention(q * 0, k, v, dropout_rate=rate, dropout_key=key, block=(4, 4)))
+    )
+    kept = np.array(attend(jax.random.split(jax.random.key(0), 500)) > 0)  # [draws, B, T, N, S]
+    assert abs(kept.mean() - (1 - rate)) < 4 * (rate * (1 - rate) / kept.size) ** 0.5
+    parts = kept.swapaxes(2, 3).reshape(500, 3, 2, 2, 4, 2, 4).transpose(1, 2, 3, 5, 0, 4, 6).reshape(24, -1)
+    agreement = np.array([[(a == b).mean() for a in parts] for b in parts])
+    expected = rate**2 + (1 - rate) ** 2
+    assert (abs(agreement - expected)[~np.eye(24, dtype=bool)] < 0.05).all()
+
+
+# blocks
+
+
+@given(shapes, seeds)
+def test_a_masks_part_is_the_part_of_the_mask(shape, seed):
+    mask, grid = composed(shape, seed), Grid((*shape.batch, shape.N, shape.T, shape.S), 1)
+    whole = np.broadcast_to(mask.cells(grid), grid.shape)
+    rng = np.random.default_rng([seed, 9])
+    for _ in range(3):
+        row = tuple(int(rng.integers(n)) for n in shape.batch)
+        heads, queries, keys = (
+            (int(rng.integers(n - length + 1)), length)
+            for n, length in ((shape.N, 1), (shape.T, min(2, shape.T)), (shape.S, min(3, shape.S)))
+        )
+        block = Block(row, heads, queries, keys)
+        part = whole[row][tuple(slice(first, first + length) for first, length in (heads, queries, keys))]
+        got = mask.cut(block).cells(block.grid(grid))
+        np.testing.assert_array_equal(np.broadcast_to(got, part.shape), part)
+
+
+@given(shapes, seeds, st.integers(-3, 9), st.sampled_from([0, 1, 3, 2**31 - 1]), st.sampled_from([0, 1, 2**31 - 1]))
+def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, right):
+    prefix = Prefix(seed % (shape.S + 1))
+    for mask in (Causal(), Window(left, right), prefix, Causal() & Window(left, right), Window(left, right) | prefix):
+        grid = Grid((1, shape.T, shape.S), offset)
+        begin, end = mask.span(jnp.int32(offset), jnp.int32(offset + shape.T - 1), shape.S)
+        cells = np.broadcast_to(mask.cells(grid), grid.shape)[0]
+        outside = (np.arange(shape.S) < begin) | (np.arange(shape.S) >= end)
+        assert not cells[:, outside].any()
+
+
+def test_the_span_of_a_window_is_tight():
+    begin, end = (Causal() & Window(3, 0)).span(jnp.int32(10), jnp.int32(12), 50)
+    assert (int(begin), int(end)) == (7, 13)
+
+
+def test_spans_hold_at_the_last_position():
+    last = jnp.int32(2**31 - 1)
+    for mask in (Causal(), Window(5, 5), Window(2**31 - 1, 2**31 - 1)):
+        assert int(mask.span(last, last, 8)[1]) == 8
+
+
+# what it is for
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    def temporaries(length, implementation):
+        x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        attend = lambda q, k, v: dot_product_attention(q, k, v, causal=True, implementation=implementation).sum()
+        return jax.jit(jax.grad(attend, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192, "blockwise") < 20 * 2**20
+    assert temporaries(8192, "materialised") > 20 * temporaries(8192, "blockwise")
+
+
+def test_large_sizes_are_computed_by_blocks_unless_told_otherwise():
+    x = jax.ShapeDtypeStruct((1, 1024, 1, 4), jnp.float32)
+    text = lambda **kw: jax.jit(functools.partial(dot_product_attention, **kw)).lower(x, x, x).as_text()
+    assert text() == text(implementation="blockwise") != text(implementation="materialised")
+
+
+def test_the_materialised_form_has_derivatives_of_every_order_and_the_other_says_that_it_has_not():
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    attend = lambda q, **kw: dot_product_attention(q, k, v, **kw).sum()
+    jax.jvp(functools.partial(attend, implementation="materialised"), (q,), (q,))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(functools.partial(attend, implementation="blockwise"), (q,), (q,))
