@@ -1,10 +1,7 @@
 """`python -m bench [dispatch|compile|recipes] [FILE.json]` prints the tables, and saves them if a file is named."""
 
 import json
-import os
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +9,7 @@ from rich.table import Table
 
 from bench import recipe_tables
 from bench.speed import LENGTHS, attention_times
+from seq2seq.machine import machine, versions
 
 BENCHES = ("dispatch", "compile")
 
@@ -37,14 +35,13 @@ def main() -> None:
                 ratio = f"{ours / row[kind]:.2f}"
                 table.add_row(str(length), row["implementation"], f"{1000 * row[kind]:.2f} ms", ratio)
         console.print(table)
-    machine = _machine("jax")
-    console.print(f"interleaved in one process, outputs checked against each other first; {machine}", highlight=False)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    about = versions("jax") | machine()
+    console.print(f"interleaved in one process, outputs checked against each other first; {about}", highlight=False)
+    _keep(sys.argv[1:], about, results)
 
 
 def _bench(name: str, rest: list[str]) -> None:
-    console, machine = Console(width=200), _machine("jax", "flax", "equinox")
+    console, about = Console(width=200), versions("jax", "flax", "equinox") | machine()
     if name == "dispatch":
         from bench.dispatch import LAYERS, dispatch_costs, tables
 
@@ -57,15 +54,13 @@ def _bench(name: str, rest: list[str]) -> None:
         shown = [table(results)]
     for one in shown:
         console.print(one)
-    console.print(f"interleaved in one process, medians (with spread); {machine}", highlight=False)
-    if rest:
-        found = {"machine": machine, "results": [one._asdict() for one in results]}
-        Path(rest[0]).write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"interleaved in one process, medians (with spread); {about}", highlight=False)
+    _keep(rest, about, [one._asdict() for one in results])
 
 
-def _machine(*packages: str) -> dict[str, str | int]:
-    versions: dict[str, str | int] = {name: version(name) for name in packages}
-    return versions | {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))}
+def _keep(files: list[str], about: dict[str, str | int], results: list[dict]) -> None:
+    if files:
+        Path(files[0]).write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.ergonomics import FRAMEWORKS, Recipe, measured, recipe_names
+from seq2seq.machine import machine, versions
 
 _PAGE = """# Recipes: the same tasks in NNX and in Equinox
 
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     console.print(_rich("What a task takes", SIZES, sizes(recipes)))
     console.print(_rich("What happens when one slips", OUTCOMES[:-1], [row[:-1] for row in outcomes(recipes)]))
     if options.json:
-        data = {"machine": machine(), "recipes": [_plain(recipe) for recipe in recipes]}
+        data = {"machine": about(), "recipes": [_plain(recipe) for recipe in recipes]}
         options.json.write_text(json.dumps(data, indent=2) + "\n")
     if options.page:
         options.page.write_text(page(recipes, runs=options.runs))
@@ -99,18 +98,17 @@ def page(recipes: Sequence[Recipe], *, runs: int) -> str:
     """docs/recipes.md."""
     linked = [(f"[{r.task}](../bench/recipes/{r.task}_{r.frontend}.py)", *row[1:]) for r, row in _rows(recipes)]
     short = [(*row[:4], _code(row[4]), row[5]) for row in outcomes(recipes)]
-    about = ", ".join(f"{name} {value}" for name, value in machine().items())
+    shown = ", ".join(f"{name} {value}" for name, value in about().items())
     tables = {"sizes": _markdown(SIZES, linked), "outcomes": _markdown(OUTCOMES, short)}
     tables["totals"] = _markdown(("what happened", *FRAMEWORKS), totals(recipes))
     times = "one run" if runs == 1 else f"median of {runs} runs"
-    return _PAGE.format(runs=times, machine=f"Measured with {about}.", **tables)
+    return _PAGE.format(runs=times, machine=f"Measured with {shown}.", **tables)
 
 
-def machine() -> dict[str, str]:
+def about() -> dict[str, str]:
     """What the figures depend on."""
-    packages = ("jax", "flax", "equinox", "optax")
-    cores = {"cores": str(len(os.sched_getaffinity(0)))}
-    return {"python": platform.python_version()} | {name: version(name) for name in packages} | cores
+    packages = versions("jax", "flax", "equinox", "optax")
+    return {"python": platform.python_version()} | packages | {"cores": str(machine()["cores"])}
 
 
 def _rows(recipes: Sequence[Recipe]) -> zip:

@@ -5,7 +5,6 @@ taken, its seconds or steps are given. Nothing else should run meanwhile: torch'
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from rich.console import Console
 from core.losses import Batch
 from seq2seq import entry
 from seq2seq.errors import UserError
+from seq2seq.machine import machine, versions
 from seq2seq.runs import Run
 from seq2seq.tasks import Task
 
@@ -191,10 +191,9 @@ def compare(
         "translation": translation_scores(trainer.averaged, task, split, tokens=options.tokens, beams=beams),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
-        "platform": platform.platform(),
+        **machine(),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "numpy", "sacrebleu", "tokenizers", "grain")},
+        | versions("torch", "numpy", "sacrebleu", "tokenizers", "grain"),
     }
     text = json.dumps(result, indent=2)
     console.print_json(text)

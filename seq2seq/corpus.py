@@ -3,7 +3,6 @@
 A folder `about.json`, `tokenizer.json`, `SPLIT.tokens`, `SPLIT.ends` and a manifest of sha256; whole or not there.
 """
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 from seq2seq.errors import UserError
 from seq2seq.examples import Example
+from seq2seq.machine import versions
 from seq2seq.manifest import seal, sync, verify
 from seq2seq.parallel_text import text_pairs
 from seq2seq.splits import SPLITS, split_by_hash
@@ -151,7 +151,7 @@ def _write(folder: Path, texts: dict[str, str | None], vocabulary: int, max_leng
         "max_length": max_length,
         "pairs": {split: counts[split] for split in SPLITS},
         "left_out": {split: dict(sorted(found.items())) for split, found in faults.items()},
-        "versions": {"tokenizers": importlib.metadata.version("tokenizers")},
+        "versions": versions("tokenizers"),
     }
 
 

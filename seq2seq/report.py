@@ -1,9 +1,6 @@
 """The comparison's report: one table on the screen, and as files with its curves and pictures."""
 
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seq2seq.errors import UserError
+from seq2seq.machine import machine, versions
 from seq2seq.plots import plot_attention, plot_curves
 
 PICTURES = ("loss", "wer", "attention")
@@ -77,8 +75,8 @@ class Report:
             "agreed": self.agreed,
             "interrupted": self.interrupted,
             "about": self.about,
-            "machine": {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))},
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "machine": machine(),
+            "versions": versions(*packages),
             "table": [dict(zip(("what", *TITLES), row, strict=True)) for row in self.rows],
             "samples": self.samples,
             "losses": self.losses,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import shlex
 import sys
@@ -17,6 +16,7 @@ from core.config import TransformerConfig
 from seq2seq import checkpoints, manifest
 from seq2seq.corpus import Prepared
 from seq2seq.errors import UserError
+from seq2seq.machine import versions
 from seq2seq.metrics import Metrics
 from seq2seq.options import TrainingOptions
 from seq2seq.tasks import Task, load_task
@@ -54,7 +54,6 @@ class Run:
         run = cls(folder, task, frontend, config, options, None if data is None else data.absolute())
         if data is not None:
             Prepared(data).keep(run.kept)
-        versions = {name: importlib.metadata.version(name) for name in ("grain", "jax", "jaxlib", "numpy", "optax")}
         about = {
             "command": shlex.join(["isoformer", *sys.argv[1:]]),
             "task": task,
@@ -62,7 +61,7 @@ class Run:
             "frontend": frontend,
             "config": json.loads(config.to_json()),
             "options": dataclasses.asdict(options),
-            "versions": versions,
+            "versions": versions("grain", "jax", "jaxlib", "numpy", "optax"),
         }
         try:
             (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
