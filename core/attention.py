@@ -5,7 +5,7 @@ attend to nothing gets exactly 0. A key that no query may see may hold anything,
 sums are at least float32.
 """
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -81,20 +81,18 @@ def dot_product_attention(
     check_queries(q, k)
     if implementation is None:
         implementation = "blockwise" if q.shape[-3] * k.shape[-3] >= _BLOCKWISE_FROM else "materialised"
-    attention = blockwise_attention if implementation == "blockwise" else _materialised_attention
-    return attention(
-        q, k, v, mask=mask, bias=bias, relative=relative, causal=causal, q_offset=q_offset, window=window, scale=scale,
-        soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, dropout_key=dropout_key,
+    rules = Rules(
+        mask=mask, bias=bias, relative=relative, causal=causal, q_offset=q_offset, window=window, scale=scale,
+        soft_cap=soft_cap, sinks=sinks,
     )  # fmt: skip
+    if implementation == "blockwise":
+        return blockwise_attention(q, k, v, dropout_rate=dropout_rate, dropout_key=dropout_key, **rules)
+    return attention_with_weights(q, k, v, dropout_rate=dropout_rate, dropout_key=dropout_key, **rules)[0]
 
 
 def _check_implementation(implementation: str | None) -> None:
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-
-
-def _materialised_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
-    return attention_with_weights(q, k, v, **options)[0]
 
 
 def attention_with_weights(
@@ -132,7 +130,8 @@ def _weights(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules
     logits = attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    return _softmax(logits, sink_logits(rules.get("sinks"), logits))
+    sinks = rules.get("sinks")
+    return _softmax(logits, None if sinks is None else sink_logits(sinks, logits))
 
 
 def _softmax(logits: Float[Array, "*B N T S"], sinks: Float[Array, "..."] | None) -> Float[Array, "*B N T S"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, Shaped
 
 from core.config import check_rate
 from core.grid import Block, Grid, Offset
-from core.layers import dropout, wide_dtype
+from core.layers import dropout, wide_dtype, wider_dtype
 from core.logits import (
     Rules,
     allowed_keys,
@@ -53,7 +53,7 @@ def blockwise_attention(
     check_queries(q, k)
     check_values(k, v)
     check_rate("the dropout rate", dropout_rate)
-    jax.eval_shape(functools.partial(_whole, q, k, rules))
+    jax.eval_shape(functools.partial(_whole, q, k, rules))  # so that whatever is wrong is said of the whole
     if 0 in (*q.shape[:-1], k.shape[-3], v.shape[-1]):
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
     mask, relative = given_mask(rules), rules.get("relative")
@@ -65,7 +65,7 @@ def blockwise_attention(
         # plain matrix products are the fastest, hence one head at a time; relative encodings are of all heads
         heads=1 if relative is None else q.shape[-2],
         block=(512, 512) if block is None else block,
-        scale=rules.get("scale"),
+        scale=logits_scale(q, rules),
         soft_cap=rules.get("soft_cap"),
         dropout_rate=dropout_rate,
     )
@@ -81,6 +81,11 @@ class _Inputs(NamedTuple):
     bias: Array | None
     relative: Relative | None
     sinks: Array | None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """In which everything is computed."""
+        return wider_dtype(wide_dtype(self.q), self.v.dtype)
 
 
 class _Fixed(NamedTuple):
@@ -98,7 +103,7 @@ class _Static:
     trees: tuple[Any, Any]  # pytree definitions of the inputs and of the fixed
     heads: int
     block: tuple[int, int]
-    scale: float | None
+    scale: float
     soft_cap: float | None
     dropout_rate: float
 
@@ -121,9 +126,10 @@ class _Sums(NamedTuple):
 
 
 def _whole(q: Array, k: Array, rules: Rules) -> Any:
-    """Traced only, so that whatever is wrong is said of the whole."""
-    cells = allowed_keys(q, k, **rules)
-    return cells, sink_logits(rules.get("sinks"), attention_logits(q, k, logits_grid(q, k, rules), rules))
+    """All that checks its input."""
+    cells, sinks = allowed_keys(q, k, **rules), rules.get("sinks")
+    logits = attention_logits(q, k, logits_grid(q, k, rules), rules)
+    return cells, None if sinks is None else sink_logits(sinks, logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,7 +151,7 @@ def _forward(static: _Static, inputs: list[Array], fixed: list[Array]) -> tuple[
         normaliser = jnp.where(running.total == 0, jnp.inf, running.highest + jnp.log(total))
         return block.put(results[0], out, "TNH"), block.put(results[1], normaliser, "NT")
 
-    empty = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), jnp.zeros(task.whole.shape[:-1], task.dtype)
+    empty = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), jnp.zeros(task.whole.shape[:-1], task.inputs.dtype)
     out, normalisers = _loop(0, task.units * task.rows, attend, empty)
     return out, (inputs, fixed, out, normalisers)
 
@@ -153,8 +159,7 @@ def _forward(static: _Static, inputs: list[Array], fixed: list[Array]) -> tuple[
 def _backward(static: _Static, saved: tuple, cotangent: Array) -> tuple[list[Array], None]:
     *leaves, out, normalisers = saved
     given, fixed = map(jax.tree.unflatten, static.trees, leaves)
-    dtype = _Task(static, given, fixed).dtype
-    inputs, cotangent, out = jax.tree.map(lambda x: x.astype(dtype), (given, cotangent, out))
+    inputs, cotangent, out = jax.tree.map(lambda x: x.astype(given.dtype), (given, cotangent, out))
     if fixed.mask is not None or inputs.bias is not None:
         # what is hidden may be NaN, and 0 * NaN is NaN; where it is seen, the normaliser is NaN
         inputs = inputs._replace(q=_finite(inputs.q), k=_finite(inputs.k), v=_finite(inputs.v))
@@ -174,8 +179,7 @@ def _backward(static: _Static, saved: tuple, cotangent: Array) -> tuple[list[Arr
 
     gradients = _loop(0, task.units * task.columns, column, jax.tree.map(jnp.zeros_like, inputs))
     if inputs.sinks is not None:
-        sinks = inputs.sinks.reshape(*(1,) * (normalisers.ndim - 2), -1, 1)
-        shares = jnp.exp(sinks - normalisers) * means
+        shares = jnp.exp(sink_logits(inputs.sinks, normalisers[..., None])[..., 0] - normalisers) * means
         gradients = gradients._replace(sinks=-shares.reshape(-1, *shares.shape[-2:]).sum((0, 2)))
     return jax.tree.leaves(jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, given)), None
 
@@ -196,10 +200,8 @@ class _Task:
         *self.batch, heads, queries, keys = self.whole.shape
         self.height, self.width = min(static.block[0], queries), min(static.block[1], keys)
         self.rows, self.columns = -(-queries // self.height), -(-keys // self.width)
-        self.scale = logits_scale(inputs.q, Rules(scale=static.scale))
         self.groups = heads // static.heads
         self.units = math.prod(self.batch) * self.groups
-        self.dtype = max(wide_dtype(inputs.q), inputs.v.dtype, key=lambda dtype: dtype.itemsize)
 
     def block(self, unit: Array, i: ArrayLike, j: ArrayLike) -> Block:
         *_, queries, keys = self.whole.shape
@@ -243,21 +245,22 @@ class _Task:
 
     def start(self, block: Block) -> _Running:
         """The softmax over no key, or over the sink alone."""
-        shape = (self.static.heads, self.height)
-        values = jnp.zeros((self.height, self.static.heads, self.inputs.v.shape[-1]), self.dtype)
-        highest, total = jnp.full(shape, -jnp.inf, self.dtype), jnp.zeros(shape, self.dtype)
+        shape, dtype = (self.static.heads, self.height), self.inputs.dtype
+        values = jnp.zeros((self.height, self.static.heads, self.inputs.v.shape[-1]), dtype)
+        highest, total = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
         if self.inputs.sinks is not None:
-            sinks = block.cut(self.inputs.sinks, "N").astype(self.dtype)
-            highest, total = jnp.broadcast_to(sinks[:, None], shape), jnp.ones(shape, self.dtype)
+            sinks = block.cut(self.inputs.sinks, "N").astype(dtype)
+            highest, total = jnp.broadcast_to(sinks[:, None], shape), jnp.ones(shape, dtype)
         return _Running(values, highest, total, jnp.zeros(shape, bool))
 
     def gather(self, running: _Running, unit: Array, i: Array, j: Array) -> _Running:
         """The softmax that has seen one more block of keys."""
         block = self.block(unit, i, j)
-        parts, allowed, grid = self.parts(block), self.allowed(block, j), block.grid(self.whole)
+        parts, grid = self.parts(block), block.grid(self.whole)
+        allowed = self.allowed(block, grid, j)
 
         def seen():
-            logits = self.logits(parts, grid)
+            logits = self.completed(head_products(parts.q * self.static.scale, parts.k), parts, grid)
             if allowed is not None:
                 logits = jnp.where(allowed, logits, -jnp.inf)
             highest = jnp.maximum(running.highest, logits.max(-1))
@@ -278,11 +281,12 @@ class _Task:
     ) -> _Sums:
         """The gradients with those of one more block."""
         block = self.block(unit, i, j)
-        parts, allowed, grid = self.parts(block), self.allowed(block, j, i), block.grid(self.whole)
+        parts, grid = self.parts(block), block.grid(self.whole)
+        allowed = self.allowed(block, grid, j, i)
         hide = lambda x: x if allowed is None else jnp.where(allowed, x, 0.0)
 
         def seen():
-            scaled, by_out = parts.q * self.scale, block.cut(cotangent, "TNH")
+            scaled, by_out = parts.q * self.static.scale, block.cut(cotangent, "TNH")
             complete = lambda products, parts: self.completed(products, parts, grid)
             logits, pull_logits = jax.vjp(complete, head_products(scaled, parts.k), parts)
             weights = hide(jnp.exp(logits - block.cut(normalisers, "NT")[..., None]))
@@ -293,7 +297,7 @@ class _Task:
             by_logits = hide(weights * (by_weights - block.cut(means, "NT")[..., None]))
             by_products, by_parts_too = pull_logits(by_logits)
             by_parts = jax.tree.map(jnp.add, by_parts, by_parts_too)
-            q = by_parts.q + weighted_values(by_products, parts.k) * self.scale
+            q = by_parts.q + weighted_values(by_products, parts.k) * self.static.scale
             k = _last(by_parts.k) + _key_sums(by_products, scaled, parts.k.shape[-2])
             return by_parts._replace(q=q), k, _key_sums(kept, by_out, parts.k.shape[-2])
 
@@ -318,11 +322,11 @@ class _Task:
             inputs.relative,
             None,
         )
-        return jax.tree.map(lambda x: x.astype(self.dtype), parts)
+        return jax.tree.map(lambda x: x.astype(inputs.dtype), parts)
 
-    def allowed(self, block: Block, j: Array, i: Array | None = None) -> Array | None:
+    def allowed(self, block: Block, grid: Grid, j: Array, i: Array | None = None) -> Array | None:
         """Who may see whom in a block, of its rank; None: everyone. With i, a query counts in its last block only."""
-        grid, cells = block.grid(self.whole), []
+        cells = []
         if self.fixed.mask is not None:
             cells.append(self.fixed.mask.cut(block).cells(grid))
         if self.inputs.bias is not None:
@@ -342,9 +346,6 @@ class _Task:
         if allowed is None or not jax.tree.leaves(self.fixed.mask):
             return seen()
         return jax.lax.cond(allowed.any(), seen, unseen)
-
-    def logits(self, parts: _Inputs, grid: Grid) -> Array:
-        return self.completed(head_products(parts.q * self.scale, parts.k), parts, grid)
 
     def completed(self, products: Array, parts: _Inputs, grid: Grid) -> Array:
         rules = Rules(bias=parts.bias, relative=parts.relative, scale=self.static.scale, soft_cap=self.static.soft_cap)

@@ -40,6 +40,11 @@ def wide_dtype(x: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+def wider_dtype(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    """That of more bits; the first if they have as many."""
+    return max(a, b, key=lambda dtype: dtype.itemsize)
+
+
 def linear(
     x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*B O"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from core.config import check_window
-from core.layers import wide_dtype
+from core.layers import wide_dtype, wider_dtype
 from core.masks import Causal, Grid, Mask, Offset, Window, check_broadcasts, combine
 from core.relative import Relative
 
@@ -104,10 +104,8 @@ def _not_blocked(bias: Array, grid: Grid) -> Array:
     return bias != -jnp.inf
 
 
-def sink_logits(sinks: Float[Array, "N"] | None, logits: Float[Array, "*B N T S"]) -> Float[Array, "..."] | None:
+def sink_logits(sinks: Float[Array, "N"], logits: Float[Array, "*B N T S"]) -> Float[Array, "..."]:
     """The sinks with the rank of the logits."""
-    if sinks is None:
-        return None
     heads = logits.shape[-3]
     if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(f"sinks must be one logit for each of N={heads} heads, got {sinks.dtype} {sinks.shape}")
@@ -121,7 +119,7 @@ def weighted_values(weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K H
             "weights [*B, N, T, S] and v [*B, S, K, Hv] must agree in *B and S, N a multiple of K, "
             f"got weights {weights.shape}, v {v.shape}"
         )
-    dtype = max(weights.dtype, v.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = wider_dtype(weights.dtype, v.dtype)
     v_first = v.astype(dtype).swapaxes(-2, -3)
     *batch, heads, queries, keys = weights.shape
     grouped = weights.astype(dtype).reshape(*batch, v.shape[-2], heads // v.shape[-2] * queries, keys)
