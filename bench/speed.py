@@ -3,6 +3,7 @@
 import importlib
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from core.attention import dot_product_attention
+from core.attention import IMPLEMENTATIONS, dot_product_attention
 from seq2seq.measure import timed
 
-LENGTHS = (64, 256, 512)
+LENGTHS = (64, 256, 512, 1024)
 _ROUNDS = 15
 Attention = Callable[[Any, Any, Any], Any]
 
@@ -42,9 +43,10 @@ def attention_times(length: int) -> dict[str, dict[str, float]]:
 
 def _jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-
+    ours = lambda implementation: partial(dot_product_attention, causal=True, implementation=implementation)
     functions = {
-        "isoformer": lambda q, k, v: dot_product_attention(q, k, v, causal=True),
+        "isoformer": ours(None),
+        **{f"isoformer, {name}": ours(name) for name in IMPLEMENTATIONS},
         "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
         "flax.nnx": lambda q, k, v: nnx.dot_product_attention(q, k, v, mask=mask),
     }

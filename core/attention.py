@@ -27,7 +27,7 @@ from core.masks import Grid, Mask, Offset
 from core.relative import Relative
 
 IMPLEMENTATIONS = ("materialised", "blockwise")
-_BLOCKWISE_FROM = 256 * 256  # cells of the logits of one head: docs/performance.md has the measurement
+_BLOCKWISE_FROM = 512 * 512  # cells of the logits of one head: docs/performance.md has the measurement
 
 
 def split_heads(x: Float[Array, "*B T D"], num_heads: int) -> Float[Array, "*B T N H"]:

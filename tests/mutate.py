@@ -32,7 +32,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENTS = ROOT / "tests/mutation_equivalents.txt"
-TESTS = {"core/attention.py": [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]}
+_ATTENTION = [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]
+TESTS = {
+    "core/attention.py": _ATTENTION,
+    "core/grid.py": ["tests/test_masks.py", "tests/test_blockwise.py"],
+    "core/logits.py": _ATTENTION,
+    "core/masks.py": ["tests/test_masks.py", "tests/test_blockwise.py"],
+}
 """Where the tests of a file are not tests/test_<file>.py alone."""
 PASS_MARK, COUNTED_FROM = 0.95, 200
 """The score that a run must reach if it has so many mutants; fewer say too little."""
