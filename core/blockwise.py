@@ -133,11 +133,11 @@ def _whole(q: Array, k: Array, rules: Rules) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, inputs: list[Array], fixed: list[Array]) -> Array:
+def _attention(static: _Static, inputs: list[Array], fixed: list[Any]) -> Array:
     return _forward(static, inputs, fixed)[0]
 
 
-def _forward(static: _Static, inputs: list[Array], fixed: list[Array]) -> tuple[Array, tuple]:
+def _forward(static: _Static, inputs: list[Array], fixed: list[Any]) -> tuple[Array, tuple]:
     task = _Task(static, *map(jax.tree.unflatten, static.trees, (inputs, fixed)))
     q, v = task.inputs.q, task.inputs.v
 
@@ -235,8 +235,7 @@ class _Task:
 
     def rows_of(self, unit: Array, j: Array) -> tuple[int | Array, int | Array]:
         """The inverse of `columns_of`."""
-        begins, ends = self.columns_of(unit, 0)
-        if isinstance(begins, int) and isinstance(ends, int):
+        if isinstance(self.columns_of(unit, 0)[0], int):
             return 0, self.rows
         begins, ends = jax.vmap(lambda i: self.columns_of(unit, i))(jax.lax.iota(jnp.int32, self.rows))
         meets = jnp.logical_and(begins <= j, j < ends)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import blockwise
 from core.attention import dot_product_attention
 from core.blockwise import blockwise_attention
 from core.grid import Block, Grid
@@ -118,6 +119,13 @@ def composed(shape, seed):
 
 
 @given(few_shapes, seeds)
+def test_in_bfloat16_the_two_differ_by_a_rounding(shape, seed):
+    """Sinks too: all is computed in float32 and rounded in the end."""
+    learned = {"sinks": np.random.default_rng([seed, 6]).standard_normal(shape.N).astype("bfloat16")}
+    equal_within(*both_ways(shape, (*qkv(shape, seed, "bfloat16"), learned), {"q_offset": 1}, seed, causal=True), 2)
+
+
+@given(few_shapes, seeds)
 def test_in_float64_the_two_differ_by_nothing_but_float64_rounding(shape, seed):
     with jax.enable_x64(True):
         arrays = (*qkv(shape, seed, "float64", scale=3), {})
@@ -139,6 +147,31 @@ def test_what_no_query_sees_may_hold_anything_and_has_no_gradient(case, poison):
     jax.tree.map(np.testing.assert_array_equal, (q, k, v), clean[1][:3])
     for gradient, without in ((q, dead), (k, unseen), (v, unseen)):
         assert not np.where(without, gradient, 0).any()
+
+
+@given(attention_cases(shapes, ["mask"]), seeds)
+def test_the_cotangent_of_a_query_that_sees_nothing_may_be_anything(case, seed):
+    mask = np.array(case.rules["mask"])
+    mask[..., 0, :] = False
+    dead = ~mask.any(-1).swapaxes(-1, -2)[..., None]
+    cotangent = np.random.default_rng([seed, 5]).standard_normal((*case.q.shape[:-1], case.shape.Hv)).astype("float32")
+    clean, poisoned = (
+        with_gradients(
+            blockwise_of(CUTS[case.shape]), (*case.qkv, {}), {"mask": mask}, np.where(dead, x, cotangent), ()
+        )
+        for x in (np.float32(0), np.float32(np.nan))
+    )
+    jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_without_rows_queries_or_keys_the_output_is_empty_or_zero(shape):
+    rows, queries, keys = shape
+    sizes = [(rows, queries, 2, 5), (rows, keys, 2, 5), (rows, keys, 2, 3)]
+    inputs = [np.random.default_rng(i).standard_normal(size).astype("float32") for i, size in enumerate(sizes)]
+    for got in (materialised, blockwise_attention):
+        out = got(*map(jnp.asarray, inputs))
+        np.testing.assert_array_equal(out, np.zeros((rows, queries, 2, 3), "float32"), strict=True)
 
 
 @given(attention_cases(shapes, ["mask causal"]), seeds)
@@ -231,6 +264,27 @@ def test_spans_hold_at_the_last_position():
     last = jnp.int32(2**31 - 1)
     for mask in (Causal(), Window(5, 5), Window(2**31 - 1, 2**31 - 1)):
         assert int(mask.span(last, last, 8)[1]) == 8
+
+
+@pytest.mark.parametrize(("mask", "visits"), [(Causal(), 10), (Window(2, 0), 7), (Prefix(3), 8), (~Causal(), 16)])
+def test_blocks_that_no_position_may_see_are_not_computed(mask, visits, monkeypatch):
+    """Of 4 x 4 blocks, forward and backward."""
+    seen = {"gather": 0, "pull": 0}
+
+    def counted(name, method):
+        def call(*args):
+            jax.debug.callback(lambda: seen.update({name: seen[name] + 1}))
+            return method(*args)
+
+        return call
+
+    for name in seen:
+        monkeypatch.setattr(blockwise._Task, name, counted(name, getattr(blockwise._Task, name)))
+    q, k, v = map(jnp.asarray, qkv(AttentionShape((1,), 8, 8, 1, 1, 2, 2), 0))
+    attend = lambda q: blockwise_attention(q, k, v, mask=mask, block=(2, 2)).sum()
+    jax.block_until_ready(jax.grad(attend)(q))
+    jax.effects_barrier()
+    assert seen == {"gather": visits, "pull": visits}
 
 
 # what it is for
