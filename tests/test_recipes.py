@@ -10,6 +10,7 @@ import warnings
 import jax
 import pytest
 
+import nnx_impl
 from bench.ergonomics import Recipe, fingerprint, load, measured, recipe_names
 from bench.mistakes import RECIPES, mistake, mistakes, tried
 from bench.recipe_tables import main, outcomes
@@ -18,7 +19,7 @@ from tests.conftest import ROOT
 ALONE = {"graph_and_tree"}  # Equinox has no modes: its modules are always trees
 TASKS = {name.rpartition("_")[0] for name in recipe_names()}
 PAIRS = sorted(TASKS - ALONE)
-pytestmark = pytest.mark.usefixtures("untyped", "_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("untyped", "_as_users_have_it", "_classes_stay_as_they_were")
 
 
 @pytest.fixture
@@ -32,6 +33,16 @@ def _as_users_have_it():
         yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def _classes_stay_as_they_were():
+    """nnx.tabulate leaves inherited methods behind, as their own, in the classes of the modules that it has shown."""
+    before = {cls: set(vars(cls)) for cls in vars(nnx_impl).values() if isinstance(cls, type)}
+    yield
+    for cls, names in before.items():
+        for name in vars(cls).keys() - names:
+            delattr(cls, name)
 
 
 @functools.cache
