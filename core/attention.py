@@ -5,13 +5,14 @@ attend to nothing gets exactly 0. A key that no query may see may hold anything,
 sums are at least float32.
 """
 
-from typing import Unpack
+from typing import Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.blockwise import blockwise_attention
+from core.config import Implementation
 from core.layers import dropout
 from core.logits import (
     Rules,
@@ -26,7 +27,7 @@ from core.logits import (
 from core.masks import Grid, Mask, Offset
 from core.relative import Relative
 
-IMPLEMENTATIONS = ("materialised", "blockwise")
+IMPLEMENTATIONS = tuple(name for name in get_args(Implementation) if name)
 _BLOCKWISE_FROM = 512 * 512  # cells of the logits of one head: docs/performance.md has the measurement
 
 

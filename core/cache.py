@@ -97,6 +97,7 @@ def cached_attention(
     cache: KVCache,
     *,
     prefix: Offset | None = None,
+    implementation: str | None = None,
     **rules: Unpack[Rules],
 ) -> tuple[Float[Array, "*B T N Hv"], KVCache]:
     """Causal attention of T new tokens to themselves and to all before; NaN in a row that overflowed.
@@ -110,6 +111,6 @@ def cached_attention(
     if prefix is not None:
         mask = mask & Prefix(appended.length)  # none of the slots that are not filled yet
     rules = {**rules, "mask": mask & rules.get("mask"), "q_offset": cache.length}
-    out = dot_product_attention(q, *slots, **rules)
+    out = dot_product_attention(q, *slots, implementation=implementation, **rules)
     overflowed = appended.length > slots.k.shape[-3]
     return jnp.where(overflowed[..., None, None, None], jnp.nan, out), appended

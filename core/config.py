@@ -16,6 +16,7 @@ RotaryLayout = Literal["half", "interleaved"]
 RotaryScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 FloatType = Literal["float32", "bfloat16", "float16", "float64"]
 Kept = Literal["nothing", "projections"]
+Implementation = Literal["materialised", "blockwise", None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class TransformerConfig:
     attention_sinks: bool = False  # a learned logit for each head that has no value
     attention_window: tuple[int, int] | None = None  # of self-attention: keys before and after the query's own
     qk_norm: bool = False  # the norm over each head's queries and keys
+    attention_implementation: Implementation = None  # None picks by size; where weights are asked for: materialised
 
     # positions
     positions: Positions = "sinusoidal"

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from core.attention import Rules, attention_with_weights, merge_heads, split_heads
+from core.attention import Rules, attention_with_weights, dot_product_attention, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
 from core.config import TransformerConfig
 from core.layers import site_keys
@@ -109,12 +109,22 @@ class MultiHeadAttention(eqx.Module):
                 q = rotary(q, position_ids(x, rules["q_offset"] if before is None else before), **settings)
                 k = rotary(k, position_ids(read, before), **settings)
         if cache is not None:
-            out, extra = cached_attention(q, k, v, cache, prefix=prefix, **rules)
+            out, extra = cached_attention(
+                q, k, v, cache, prefix=prefix, implementation=self.config.attention_implementation, **rules
+            )
         else:
             rules["mask"] = combine(mask, causal_or_prefix(prefix=prefix) if causal else None)
             drop_key, rate = self.dropout.site_key(key), self.dropout.rate
-            out, weights = attention_with_weights(q, k, v, dropout_key=drop_key, dropout_rate=rate, **rules)
-            extra = weights if return_weights else None
+            if return_weights:
+                out, extra = attention_with_weights(q, k, v, dropout_key=drop_key, dropout_rate=rate, **rules)
+            else:
+                form = self.config.attention_implementation
+                out, extra = (
+                    dot_product_attention(
+                        q, k, v, dropout_key=drop_key, dropout_rate=rate, implementation=form, **rules
+                    ),
+                    None,
+                )
         return self.o_proj(merge_heads(out)), extra
 
     def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:

@@ -110,6 +110,16 @@ def test_both_frontends_lower_to_the_same_text(config, batch, seed):
         assert first == second, f"{program.__name__} of {config} differs"
 
 
+@given(config=configs(attention_implementation="blockwise", dropout_rate=0.25), batch=batches, seed=seeds)
+@few(max_examples=2)
+def test_blockwise_models_lower_to_the_same_text(config, batch, seed):
+    weights, data = random_weights(config, 0), random_batch(config, seed, batch=batch)
+    for program in (decode_step, gradient_with_dropout):
+        first, second = texts(program, config, weights, data)
+        assert first == second, f"{program.__name__} of {config} differs"
+    assert train_step_difference(config, weights, data) is None, config
+
+
 @given(config=configs(dropout_rate=0.25), seed=seeds)
 @few(max_examples=6)
 def test_both_train_steps_are_the_same_dataflow(config, seed):
@@ -347,9 +357,9 @@ def nnx_mode(*, graph: bool):
 
 # One line changed in one frontend: what it calls, and how the change reads.
 CHANGES = {
-    "another attention scale": (equinox_impl.attention, "attention_with_weights", {"scale": 0.7}),
-    "attention without its mask": (equinox_impl.attention, "attention_with_weights", {"mask": None}),
-    "attention with a soft cap": (equinox_impl.attention, "attention_with_weights", {"soft_cap": 3.0}),
+    "another attention scale": (equinox_impl.attention, "dot_product_attention", {"scale": 0.7}),
+    "attention without its mask": (equinox_impl.attention, "dot_product_attention", {"mask": None}),
+    "attention with a soft cap": (equinox_impl.attention, "dot_product_attention", {"soft_cap": 3.0}),
     "attention that sees ahead": (equinox_impl.attention, "causal_or_prefix", {"prefix": 2}),
     "another epsilon": (equinox_impl.layers, "layer_norm", {"epsilon": 2e-6}),
     "pre norm for post norm": (equinox_impl.blocks, "residual", {"norm_order": "pre"}),

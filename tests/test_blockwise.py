@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import blockwise
-from core.attention import dot_product_attention
+from core.attention import IMPLEMENTATIONS, dot_product_attention
 from core.blockwise import blockwise_attention
 from core.grid import Block, Grid
 from core.masks import Causal, Padding, Prefix, Segments, Window
 from core.relative import T5, ALiBi, Shaw, TransformerXL
+from tests.frontends import CONFIG, FRONTENDS, random_batch, random_weights, same_bits
 from tests.strategies import RECTANGULAR_SHAPES, SQUARE_SHAPES, AttentionShape, attention_cases, qkv, seeds
 
 CUTS = {  # queries and keys: with a rest, the other way round, exactly, one by one, all at once
@@ -312,3 +313,38 @@ def test_the_materialised_form_has_derivatives_of_every_order_and_the_other_says
     jax.jvp(functools.partial(attend, implementation="materialised"), (q,), (q,))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(functools.partial(attend, implementation="blockwise"), (q,), (q,))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "shaw"])
+@given(seeds)
+@settings(max_examples=3)
+def test_models_of_either_implementation_have_the_same_outputs_and_gradients(positions, seed):
+    """In both frontends, and beside the weights on request, which only the materialised form has."""
+    with jax.enable_x64(True):
+        config = CONFIG.replace(
+            positions=positions, attention_window=(2, 1), attention_sinks=True, relative_distance=5,
+            dtype="float64", param_dtype="float64",
+        )  # fmt: skip
+        weights, batch = random_weights(config, 0), random_batch(config, seed)
+        for package in FRONTENDS.values():
+            found = [model_numbers(package, config.replace(attention_implementation=name), weights, batch)
+                     for name in IMPLEMENTATIONS]  # fmt: skip
+            assert not same_bits(*found)  # for else it would be one form twice
+            for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1.0, np.abs(b).max(initial=0)))
+
+
+def model_numbers(package, config, weights, batch):
+    """Outputs, with and without weights, and gradients."""
+
+    @jax.jit
+    def numbers(weights, batch):
+        def build(weights):
+            return package.evaluation(package.from_weights(config, weights))
+
+        gradients, model = jax.grad(lambda weights: package.loss_fn(build(weights), batch)[0])(weights), build(weights)
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        shown = model.run(batch.source, batch.inputs, **masks, return_weights=True)
+        return model(batch.source, batch.inputs, **masks), shown, gradients
+
+    return numbers(weights, batch)
