@@ -44,8 +44,7 @@ def token_cross_entropy(
 
     A label outside [0, V) gives NaN.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    check_smoothing(label_smoothing)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     vocab, labels = logits.shape[-1], labels.astype(jnp.int32)
@@ -70,7 +69,7 @@ def cross_entropy(
 
     A label out of range raises where it is known and has weight. Logits without weight may be NaN.
     """
-    _check_shapes(logits, labels, weights)
+    check_label_shapes(logits.shape[:-1], labels=labels, weights=weights)
     if weights is not None:
         unused = weights == 0
         logits, labels = jnp.where(unused[..., None], 0.0, logits), jnp.where(unused, 0, labels)
@@ -83,17 +82,23 @@ def accuracy(
     logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
-    _check_shapes(logits, labels, weights)
+    check_label_shapes(logits.shape[:-1], labels=labels, weights=weights)
     hits = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels.astype(jnp.int32)).astype(jnp.float32)
     return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
 
 
-def _check_shapes(logits: Array, labels: Array, weights: Array | None) -> None:
-    for name, array in (("labels", labels), ("weights", weights)):
-        if array is not None and array.shape != logits.shape[:-1]:
+def check_smoothing(label_smoothing: float) -> None:
+    """ValueError unless it is a share below 1."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+
+
+def check_label_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:
+    """ValueError unless the arrays have the shape of the logits without the vocabulary."""
+    for name, array in arrays.items():
+        if array is not None and array.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of the logits without the vocabulary, {logits.shape[:-1]}, "
-                f"got {array.shape}"
+                f"{name} must have the shape of the logits without the vocabulary, {shape}, got {array.shape}"
             )
 
 

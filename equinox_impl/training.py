@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from core.config import TransformerConfig
 from core.losses import Batch, Metrics, sequence_metrics
 from core.training import accumulated
+from core.vocabulary import projected_metrics
 from core.weights import dotted, fitted, unstacked
 from equinox_impl.decoding import evaluation
 from equinox_impl.dispatch import Held
@@ -29,16 +30,20 @@ def loss_fn(
 
     A classifier has one label an example, labels and target mask `[*B, 1]`.
     """
-    if isinstance(model, EncoderOnlyTransformer):
-        logits = model(batch.source, source_mask=batch.source_mask, key=key)
-    elif isinstance(model, DecoderOnlyTransformer):
-        logits = model(batch.inputs, target_mask=batch.target_mask, key=key)
-    elif isinstance(model, Classifier):
+    if isinstance(model, Classifier):
         logits = model(batch.source, source_mask=batch.source_mask, key=key)[..., None, :]
+        metrics = sequence_metrics(logits, batch, label_smoothing=label_smoothing)
+        return metrics.loss, metrics
+    if isinstance(model, EncoderOnlyTransformer):
+        x, _ = model.run(batch.source, source_mask=batch.source_mask, project=False, key=key)
+    elif isinstance(model, DecoderOnlyTransformer):
+        x, _ = model.run(batch.inputs, target_mask=batch.target_mask, project=False, key=key)
     else:
-        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
-        logits = model(batch.source, batch.inputs, **masks, key=key)
-    metrics = sequence_metrics(logits, batch, label_smoothing=label_smoothing)
+        x, _ = model.run(
+            batch.source, batch.inputs, source_mask=batch.source_mask, target_mask=batch.target_mask, project=False,
+            key=key,
+        )  # fmt: skip
+    metrics = projected_metrics(x, model.logits, batch, label_smoothing=label_smoothing)
     return metrics.loss, metrics
 
 

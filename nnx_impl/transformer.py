@@ -69,9 +69,13 @@ class Transformer(nnx.Module):
         source_segments: Integer[Array, "*B S"] | None = None,
         target_segments: Integer[Array, "*B T"] | None = None,
         return_weights: bool = False,
+        project: bool = True,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T V"], dict[str, Any]]:
-        """The same, and if asked for every attention's weights, before dropout, by the name of its module."""
+        """The same, and if asked for every attention's weights, before dropout, by the name of its module.
+
+        Not projected, the vectors that `logits` would read take the place of the logits.
+        """
         keys = site_keys(call_key(rngs, self.encoder.dropout), 2)
         memory_mask, own = padding(source_mask, source.shape), segments(source_segments, source.shape)
         memory, encoder = self.encoder.run(
@@ -88,7 +92,7 @@ class Transformer(nnx.Module):
             return_weights=return_weights, rngs=keys[1],
         )  # fmt: skip
         extras = {f"encoder.{name}": value for name, value in encoder.items()}
-        return self.logits(x), extras | {f"decoder.{name}": value for name, value in decoder.items()}
+        return self.logits(x) if project else x, extras | {f"decoder.{name}": value for name, value in decoder.items()}
 
     def encode(
         self, source: Integer[Array, "*B S"], *, source_mask: Bool[Array, "*B S"] | None = None
@@ -156,16 +160,20 @@ class EncoderOnlyTransformer(nnx.Module):
         source_mask: Bool[Array, "*B S"] | None = None,
         source_segments: Integer[Array, "*B S"] | None = None,
         return_weights: bool = False,
+        project: bool = True,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B S V"], dict[str, Any]]:
-        """The same, and if asked for every attention's weights by the name of its module."""
+        """The same, and if asked for every attention's weights by the name of its module.
+
+        Not projected, the vectors that `logits` would read take the place of the logits.
+        """
         x, extras = self.encoder.run(
             self.embedding(source),
             mask=combine(padding(source_mask, source.shape), segments(source_segments, source.shape)),
             positions=None if source_segments is None else segment_positions(source_segments),
             return_weights=return_weights, rngs=rngs,
         )  # fmt: skip
-        return self.logits(x), {f"encoder.{name}": value for name, value in extras.items()}
+        return self.logits(x) if project else x, {f"encoder.{name}": value for name, value in extras.items()}
 
     def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
         """Over the source vocabulary, by the tied table or by a projection of its own."""
@@ -211,11 +219,14 @@ class DecoderOnlyTransformer(nnx.Module):
         prefix: Offset | None = None,
         history: tuple[Float[Array, "*B M D"], ...] | None = None,
         return_weights: bool = False,
+        project: bool = True,
         rngs: Rngs | None = None,
     ) -> tuple[Float[Array, "*B T V"], dict[str, Any]]:
         """The same, and if asked for every attention's weights by the name of its module.
 
         A configuration with a history_length adds "decoder.history", which is `history` of the segment that follows.
+
+        Not projected, the vectors that `logits` would read take the place of the logits.
         """
         mask = combine(padding(target_mask, target.shape), segments(target_segments, target.shape))
         if history is not None and (mask is not None or prefix is not None):
@@ -225,7 +236,7 @@ class DecoderOnlyTransformer(nnx.Module):
             positions=None if target_segments is None else segment_positions(target_segments),
             return_weights=return_weights, rngs=rngs,
         )  # fmt: skip
-        return self.logits(x), {f"decoder.{name}": value for name, value in extras.items()}
+        return self.logits(x) if project else x, {f"decoder.{name}": value for name, value in extras.items()}
 
     def start(
         self,

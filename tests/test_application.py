@@ -409,6 +409,7 @@ def small_comparison(tmp_path, monkeypatch):
     return tmp_path / "report"
 
 
+@pytest.mark.slow
 def test_the_comparison_agrees_and_leaves_its_report(small_comparison):
     report = comparing.compare(small_comparison, minutes=0.15, seed=0, console=Console(width=200))
     assert report.agreed

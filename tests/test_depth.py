@@ -72,7 +72,7 @@ def loss(package, config, weights, batch, *, kind, key):
     package=st.sampled_from(list(FRONTENDS.values())),
     seed=seeds,
 )
-@few(max_examples=4)
+@few(max_examples=2)
 def test_losses_and_gradients_of_a_scan_are_those_of_the_loop_with_the_same_dropout(kind, config, remat, package, seed):
     with jax.enable_x64(True):
         config = config.replace(tie_embeddings="none", source_vocab_size=13, **WIDE)
@@ -203,12 +203,12 @@ def test_stacked_parameters_carry_the_name_of_the_axis_of_layers():
 @every_frontend
 def test_training_goes_on_from_loop_to_scan_and_back(package, x64):
     """With the state of an optimizer that has one array for each parameter, by the same names."""
-    config = DEEP.replace(num_encoder_layers=2, **WIDE)
-    weights, ends = random_weights(config, 0), []
+    config, kind = DEEP.replace(**WIDE), "DecoderOnlyTransformer"
+    weights, ends = random_weights(config, 0, model_class=kind), []
     for plan in ([False] * 3, [True, False, True]):
         now, state = weights, None
         for step, scan in enumerate(plan):
-            model = package.from_weights(config.replace(scan_layers=scan), now)
+            model = package.from_weights(config.replace(scan_layers=scan), now, model_class=getattr(package, kind))
             trainer = package.Trainer(model, optax.sgd(0.1, momentum=0.9), seed=5)
             if state is not None:
                 trainer.resume(state, step=step)

@@ -84,8 +84,8 @@ def test_the_host_work_of_compiled_calls_does_not_grow_with_the_number_of_arrays
 def test_the_host_work_of_a_step_does_not_grow_with_the_number_of_arrays(package):
     found = []
     with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
-        for layers in (1, 3):
-            config = CONFIG.replace(num_encoder_layers=layers, num_decoder_layers=layers)
+        for layers in (0, 2):
+            config = CONFIG.replace(num_encoder_layers=0, num_decoder_layers=layers)
             trainer = package.Trainer(package.from_weights(config, random_weights(config, 0)), optax.adamw(1e-3))
             for _ in range(2):
                 trainer.train(BATCH)

@@ -24,15 +24,11 @@ pytestmark = pytest.mark.usefixtures("untyped", "_as_users_have_it", "_classes_s
 
 @pytest.fixture
 def _as_users_have_it():
-    """JAX's own defaults, which let frameworks and optax promote; compiled in a hurry, and each program once."""
-    hurry = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in hurry}
-    for name, value in hurry.items():
-        jax.config.update(name, value)
+    """JAX's own defaults, which let frameworks and optax promote; and compiled in a hurry."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
