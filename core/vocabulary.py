@@ -44,10 +44,10 @@ def projected_metrics(
     number, axis = -(-positions // chunk), x.ndim - 2
     parts = [_chunked(array, axis, number) for array in (x, batch.labels, batch.target_mask)]
     pure, learned = jax.closure_convert(head, parts[0][0])
-    sums = _sums((pure, label_smoothing), learned, *parts)
-    tokens = batch.target_mask.sum().astype(sums[0].dtype)
-    loss, accuracy = (total / jnp.where(tokens == 0, 1.0, tokens).astype(total.dtype) for total in sums)
-    return Metrics(loss, accuracy, tokens)
+    loss, hits = _sums((pure, label_smoothing), learned, *parts)
+    tokens = batch.target_mask.sum().astype(loss.dtype)
+    some = jnp.where(tokens == 0, 1.0, tokens)
+    return Metrics(loss / some, hits / some.astype(hits.dtype), tokens)
 
 
 def _chunked(x: Shaped[Array, "..."], axis: int, number: int) -> Shaped[Array, "..."]:
@@ -69,8 +69,7 @@ def _chunk_sums(static: Static, learned: list[Array], x: Array, labels: Array, m
     return jnp.where(mask, losses, 0.0).sum(), (mask & hits).sum().astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(
+def _all_sums(
     static: Static,
     learned: list[Array],
     x: Float[Array, "N *B C D"],
@@ -97,4 +96,5 @@ def _backward(_: Static, saved: tuple, cotangents: Sums) -> tuple[list[Array], A
     return by_learned, by_x, None, None
 
 
+_sums = jax.custom_vjp(_all_sums, nondiff_argnums=(0,))
 _sums.defvjp(_forward, _backward)
