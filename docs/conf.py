@@ -36,6 +36,8 @@ add_module_names = False
 python_maximum_signature_line_length = 90
 default_role = "literal"
 
+ELSEWHERE = "jaxlib|jax|jaxtyping|flax|numpy|optax|collections|typing|contextlib"  # modules that signatures leave out
+
 
 def plain_text(app, what, name, obj, options, lines):
     """Docstrings are plain text with names in backticks: what else reStructuredText would read into them is escaped."""
@@ -60,7 +62,10 @@ def short_types(app, what, name, obj, options, signature, returns):
 
 
 def _as_written(text):
-    text = re.sub(r"~?\b(?:jaxlib|jax|jaxtyping|flax|numpy|optax)(?:\.\w+)*\.(?=\w)", "", text)
+    text = re.sub(
+        r"~?\b(?:jaxlib|jax|jaxtyping|flax|numpy|optax|collections|typing|contextlib)(?:\.\w+)*\.(?=\w)", "", text
+    )
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = text.replace("Key[Array, ''] | UInt32[Array, '2'] | UInt32[Array, '4']", "PRNGKeyArray")
     return re.sub(r"Array \| ndarray \| bool [^,]*, ArrayTree\]", "OptState", text)
 
