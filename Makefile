@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := .venv-torch
 
-.PHONY: compare test test-slow test-install test-torch mutation lint format types check bench hooks lock clean
+.PHONY: compare test test-slow test-install test-torch test-docs mutation docs notebooks pictures lint format types check bench \
+        hooks lock clean
 
 compare: $(READY)
 	$(BIN)/isoformer compare
@@ -21,6 +22,19 @@ test-install: $(READY)
 
 test-torch: $(TORCH)/.ready
 	$(TORCH)/bin/python -m pytest -m torch
+
+test-docs: $(VENV)/.docs-ready
+	$(BIN)/python -m pytest -m docs
+
+docs: $(VENV)/.docs-ready
+	$(BIN)/python -m sphinx -M html docs site --fail-on-warning --keep-going --fresh-env --write-all --quiet
+	@echo open site/html/index.html
+
+notebooks: $(VENV)/.docs-ready
+	$(BIN)/jupyter execute --inplace docs/notebooks/nnx.ipynb docs/notebooks/equinox.ipynb
+
+pictures: $(READY)
+	$(BIN)/python docs/draw.py
 
 mutation: $(READY)
 	$(BIN)/python -m tests.mutate $(FILES)
@@ -57,6 +71,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(VENV)/.docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	touch $@
+
 $(TORCH)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet torch==2.13.0 --requirement requirements.lock
@@ -64,4 +82,4 @@ $(TORCH)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TORCH) .cache build *.egg-info
+	rm -rf $(VENV) $(TORCH) .cache build site *.egg-info

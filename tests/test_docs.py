@@ -22,7 +22,7 @@ from seq2seq.cli import main
 from tests.conftest import ROOT
 from tests.frontends import same_bits
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
     pytest.param(language, code, id=f"{page.name}-{i}")
     for page in PAGES

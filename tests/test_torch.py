@@ -1,6 +1,7 @@
 """The second oracle: PyTorch's own layers in float64 with copied weights, forward to 1e-10 and gradients to 1e-9."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from core.config import TransformerConfig
 from core.losses import Batch
 from tests import reference
+from tests.conftest import ROOT
 from tests.test_reference import FRONTENDS, S, T, random_weights, rebuilt
 
 torch = pytest.importorskip("torch")
@@ -171,6 +173,25 @@ def test_decoder_block_equals_that_of_torch(frontend, norm_order, activation):
         return module(x, memory, tgt_mask=future, **masks)
 
     assert_alike(ours, theirs, (x, memory), u, weights, block_state, module)
+
+
+@every_frontend
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_the_page_for_those_who_come_from_torch_takes_its_layers_over(frontend, kind):
+    page = (ROOT / "docs/from_pytorch.md").read_text()
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1], names)
+    layer = getattr(torch.nn, f"Transformer{kind}Layer")(D, N, F, dropout=0.0, layer_norm_eps=1e-3, batch_first=True)
+    weights = names["block_weights"]({name: value.numpy() for name, value in layer.state_dict().items()})
+    block = inside(frontend, small_config(), f"{kind.lower()}.blocks.0", jax.tree.map(jnp.asarray, weights))
+    x, memory, *_ = inputs(5)
+    if kind == "Encoder":
+        got, wanted = block(jnp.asarray(x)), layer(as_torch(x))
+    else:
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        got = block(jnp.asarray(x), jnp.asarray(memory))
+        wanted = layer(as_torch(x), as_torch(memory), tgt_mask=future)
+    np.testing.assert_allclose(got, wanted.detach().numpy(), rtol=1e-10, atol=1e-10)
 
 
 class TorchTransformer(torch.nn.Module):
