@@ -62,9 +62,7 @@ def short_types(app, what, name, obj, options, signature, returns):
 
 
 def _as_written(text):
-    text = re.sub(
-        r"~?\b(?:jaxlib|jax|jaxtyping|flax|numpy|optax|collections|typing|contextlib)(?:\.\w+)*\.(?=\w)", "", text
-    )
+    text = re.sub(rf"~?\b(?:{ELSEWHERE})(?:\.\w+)*\.(?=\w)", "", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = text.replace("Key[Array, ''] | UInt32[Array, '2'] | UInt32[Array, '4']", "PRNGKeyArray")
     return re.sub(r"Array \| ndarray \| bool [^,]*, ArrayTree\]", "OptState", text)
