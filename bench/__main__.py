@@ -11,7 +11,9 @@ from rich.table import Table
 
 from bench.kept import about, keep
 
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
+)
 Json = Annotated[Path | None, typer.Option("--json", help="A file for what was found, and on which machine.")]
 Lengths = Annotated[list[int] | None, typer.Option("--length", min=1, help="T = S; may be given more than once.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="How often each is measured.")]
@@ -114,4 +116,4 @@ def _keep(results: Any, json: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m bench")

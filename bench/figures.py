@@ -44,8 +44,8 @@ class Plot(NamedTuple):
 
 
 ATTENTIONS = {
-    "isoformer, materialised": (BLUE, "-"), "isoformer, blockwise": (ORANGE, "-"), "jax.nn": (GREEN, "--"),
-    "flax.nnx": (PURPLE, ":"), "torch": (GREY, "-."),
+    "isoformer, materialised": (RED, "-"), "isoformer, blockwise": (GREEN, "-"), "jax.nn": (PURPLE, "--"),
+    "flax.nnx": (BLUE, ":"), "torch": (GREY, "-."),
 }  # fmt: skip
 """What the plots of attention show; `isoformer` alone is one of the first two, by the size."""
 CALLS = {
@@ -58,12 +58,12 @@ CALLS = {
 
 def speed(kept: Kept) -> list[Plot]:
     """Attention by length: a picture of forward, one of forward and backward."""
-    return _attention("time", kept, lambda one: one["seconds"], _seconds)
+    return _attention("time", kept, lambda one: one["least"], _seconds)
 
 
 def memory(kept: Kept) -> list[Plot]:
     """The same of memory."""
-    return _attention("memory", kept, lambda one: one["bytes"] / 2**20, lambda value, _=None: f"{value:,.4g} MiB")
+    return _attention("memory", kept, lambda one: one["bytes"] / 2**20, lambda value, _=None: f"{value:,.5g} MiB")
 
 
 def compile_time(kept: Kept) -> list[Plot]:

@@ -52,10 +52,14 @@ def _dispatch(results: list[dict[str, Any]]) -> list[Finding]:
     for question, job, styles in (
         ("Host's time of a forward by the framework's own jit", "forward", ("nnx.jit", "eqx.filter_jit")),
         ("Host's time of a train step by the framework's own jit", "train step", ("nnx.jit", "eqx.filter_jit")),
-        ("The same by this project's Trainer", "train step", ("nnx_impl.Trainer's way", "equinox_impl.Trainer's way")),
+        (
+            "Host's time of that train step by this project's Trainer",
+            "train step",
+            ("nnx_impl.Trainer's way", "equinox_impl.Trainer's way"),
+        ),
     ):
         sides = [found[job, style] for style in styles]
-        texts = [f"{one['median'] / 1000:.2g} ms, {one['ratio']:.3g} x a flat list" for one in sides]
+        texts = [f"{one['median'] / 1000:.2g} ms, {one['ratio']:,.1f} x a flat list" for one in sides]
         spreads = [(one["low"], one["high"]) for one in sides]
         times = [one["median"] for one in sides]
         made.append(_timing(f"{question}, {size} parameter arrays", texts, times, spreads, "dispatch"))

@@ -20,7 +20,7 @@ from bench.tables import tables
 
 SHORT = {
     "agreement": (),
-    "speed": ("--rounds", "5"),
+    "speed": ("--rounds", "7"),
     "memory": (),
     "compile": ("--layers", "1", "--layers", "3", "--layers", "6", "--rounds", "2"),
     "dispatch": ("--layers", "1", "--layers", "3", "--layers", "9", "--rounds", "7"),

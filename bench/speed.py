@@ -23,12 +23,13 @@ Attention = Callable[[Any, Any, Any], Any]
 
 
 class Time(NamedTuple):
-    """The median seconds of one program."""
+    """Seconds of one program: the least, which other work on the machine hardly touches, and the median."""
 
     length: int
     implementation: str
     kind: str
-    seconds: float
+    least: float
+    median: float
 
 
 def attention_times(lengths: Sequence[int] = LENGTHS, *, rounds: int = ROUNDS) -> list[Time]:
@@ -52,19 +53,19 @@ def _times(length: int, rounds: int) -> list[Time]:
         for name, (_, *programs) in contenders.items():
             for kind, program in zip(KINDS, programs, strict=True):
                 samples.setdefault((name, kind), []).append(timed(program, *arguments[name])[0])
-    return [Time(length, name, kind, statistics.median(times)) for (name, kind), times in samples.items()]
+    return [Time(length, name, kind, min(times), statistics.median(times)) for (name, kind), times in samples.items()]
 
 
 def tables(found: Sequence[Time]) -> list[Table]:
     """One for each kind: implementations by length, beside ours."""
     made = []
     for kind in KINDS:
-        table = Table("T = S", "implementation", "median", "ours / theirs", title=f"attention, {kind}")
+        table = Table("T = S", "implementation", "median", "least", "ours / theirs", title=f"attention, {kind}")
         for length in dict.fromkeys(time.length for time in found):
             rows = [time for time in found if (time.length, time.kind) == (length, kind)]
             for row in rows:
-                ratio = f"{rows[0].seconds / row.seconds:.2f}"
-                table.add_row(str(length), row.implementation, f"{1000 * row.seconds:.2f} ms", ratio)
+                times = (f"{1000 * seconds:.2f} ms" for seconds in (row.median, row.least))
+                table.add_row(str(length), row.implementation, *times, f"{rows[0].least / row.least:.2f}")
         made.append(table)
     return made
 

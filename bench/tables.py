@@ -48,13 +48,13 @@ def _agreement(results: list[dict[str, Any]]) -> Table:
 def _agreed(one: dict[str, Any]) -> str:
     if not one["equal"]:
         return f"✗ {one['difference'] or ', '.join(f'{n} {v[:8]}' for n, v in one['sha256'].items())}"
-    return f"✓ {next(iter(one['sha256'].values()))[:8]}" if one["sha256"] else "✓"
+    return f"✓\u00a0{next(iter(one['sha256'].values()))[:8]}" if one["sha256"] else "✓"
 
 
 def _by_length(results: list[dict[str, Any]], name: str) -> dict[str, Table]:
     lengths = sorted({one["length"] for one in results})
     unit, show = {
-        "speed": ("ms", lambda one: f"{1000 * one['seconds']:,.2f}"),
+        "speed": ("ms", lambda one: f"{1000 * one['least']:,.2f}"),
         "memory": ("MiB", lambda one: f"{one['bytes'] / 2**20:,.1f}"),
     }[name]
     tables = {}
@@ -120,7 +120,8 @@ def _parts(recipe: dict[str, Any]) -> dict[str, str]:
 def _function(source: str, name: str) -> str:
     """One function of a module, decorators included."""
     (node,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return ast.unparse(ast.Module([node], []))
+    first = min(decorator.lineno for decorator in node.decorator_list)
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
 
 
 def _outcomes(recipes: list[dict[str, Any]]) -> Table:
