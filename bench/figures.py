@@ -58,7 +58,7 @@ CALLS = {
 
 def speed(kept: Kept) -> list[Plot]:
     """Attention by length: a picture of forward, one of forward and backward."""
-    return _attention("time", kept, lambda one: one["least"], _seconds)
+    return _attention("time", kept, lambda one: one["least"], seconds)
 
 
 def memory(kept: Kept) -> list[Plot]:
@@ -75,7 +75,7 @@ def compile_time(kept: Kept) -> list[Plot]:
                       if (one["frontend"], one["scan"]) == (name, scan)}  # fmt: skip
             lines.append(Line(f"{title}, {'scan' if scan else 'loop'}", colour, style, points))
     title = "CPU seconds to compile a train step"
-    return [_plot("compile", title, lines, "layers of the encoder, and of the decoder", _seconds, log=False)]
+    return [_plot("compile", title, lines, "layers of the encoder, and of the decoder", seconds, log=False)]
 
 
 def dispatch(kept: Kept) -> list[Plot]:
@@ -88,7 +88,7 @@ def dispatch(kept: Kept) -> list[Plot]:
                       if (one["job"], one["style"]) == (job, style)}  # fmt: skip
             lines += [Line(style, *look, points)] if points else []
         title = f"the host's time for a {job}"
-        plots.append(_plot(f"dispatch-{job.replace(' ', '-')}", title, lines, "arrays of parameters", _seconds))
+        plots.append(_plot(f"dispatch-{job.replace(' ', '-')}", title, lines, "arrays of parameters", seconds))
     return plots
 
 
@@ -146,7 +146,7 @@ def _embedded(text: str, name: str, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
 
 
-def _seconds(value: float, _: object = None) -> str:
+def seconds(value: float, _: object = None) -> str:
     """In the unit that suits it."""
     if value >= 1 or value == 0:
         return f"{value:.3g} s"
