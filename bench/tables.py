@@ -28,6 +28,7 @@ def tables(kept: Mapping[str, Kept]) -> dict[str, Any]:
         "tasks": [_task(name, list(pair)) for name, pair in groupby(recipes, key=lambda one: one["task"])],
         "outcomes": _outcomes(recipes),
         "laws": _laws(kept["conformance"].results),
+        "kept_laws": _kept_laws(kept["conformance"].results),
         "broken": _broken(kept["conformance"].results),
         "legend": LEGEND,
         "step": {r["frontend"]: _function(r["source"], "train_step") for r in recipes if r["task"] == "train_step"},
@@ -148,6 +149,15 @@ def _laws(results: dict[str, Any]) -> dict[str, Table]:
         ]
         tables[kind] = Table(["law", *(one["name"] for one in group)], rows)
     return tables
+
+
+def _kept_laws(results: dict[str, Any]) -> Table:
+    """How many laws each implementation keeps."""
+    rows = []
+    for one in results["implementations"]:
+        found = [verdict["status"] for verdict in one["verdicts"]]
+        rows.append([one["name"], one["kind"], *(str(found.count(status)) for status in SIGNS)])
+    return Table(["implementation", "laws of", *SIGNS], rows)
 
 
 def _broken(results: dict[str, Any]) -> list[dict[str, str]]:
