@@ -53,7 +53,7 @@ types: $(READY)
 check: lint types test
 
 bench: $(READY)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench report
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

@@ -1,67 +1,119 @@
-"""`python -m bench [dispatch|compile|recipes] [FILE.json]` prints the tables, and saves them if a file is named."""
+"""`python -m bench NAME` prints the tables of one bench; `--json FILE` keeps what it found, as `report` reads it."""
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import recipe_tables
-from bench.speed import LENGTHS, attention_times
-from seq2seq.machine import machine, versions
+from bench.kept import about, keep
 
-BENCHES = ("dispatch", "compile")
+app = typer.Typer(
+    help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
+)
+Json = Annotated[Path | None, typer.Option("--json", help="A file for what was found, and on which machine.")]
+Lengths = Annotated[list[int] | None, typer.Option("--length", min=1, help="T = S; may be given more than once.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="How often each is measured.")]
+Layers = Annotated[list[int] | None, typer.Option(min=1, help="Of encoder and decoder; may be given more than once.")]
 
 
-def main() -> None:
-    """One of the benches by its name; by default attention of one layer, forward and with its gradient, by length."""
-    if sys.argv[1:2] == ["recipes"]:
-        recipe_tables.main(sys.argv[2:])
-        return
-    if sys.argv[1:2] and sys.argv[1] in BENCHES:
-        _bench(sys.argv[1], sys.argv[2:])
-        return
-    console, results = Console(), []
-    for length in LENGTHS:
-        for name, times in attention_times(length).items():
-            results.append({"length": length, "implementation": name, **times})
-    for kind in ("forward", "forward + backward"):
-        table = Table("T = S", "implementation", "median", "ours / theirs", title=f"attention, {kind}")
-        for length in LENGTHS:
-            rows = [row for row in results if row["length"] == length]
-            ours = rows[0][kind]
-            for row in rows:
-                ratio = f"{ours / row[kind]:.2f}"
-                table.add_row(str(length), row["implementation"], f"{1000 * row[kind]:.2f} ms", ratio)
+@app.command()
+def agreement(json: Json = None) -> None:
+    """Where the frontends are one program, and give the same bits."""
+    from bench.agreement import comparisons, tables
+
+    found = comparisons()
+    _show(tables(found), found, json)
+
+
+@app.command()
+def speed(lengths: Lengths = None, rounds: Rounds = None, json: Json = None) -> None:
+    """Attention of one layer beside the peers, forward and with its gradient, by length."""
+    from bench.speed import LENGTHS, ROUNDS, attention_times, tables
+
+    found = attention_times(lengths or LENGTHS, rounds=rounds or ROUNDS)
+    _show(tables(found), found, json)
+
+
+@app.command()
+def memory(lengths: Lengths = None, json: Json = None) -> None:
+    """The memory that attention takes, by length."""
+    from bench.memory import LENGTHS, attention_memory, tables
+
+    found = attention_memory(lengths or LENGTHS)
+    _show(tables(found), found, json)
+
+
+@app.command()
+def compile(layers: Layers = None, rounds: Rounds = None, json: Json = None) -> None:
+    """What a train step costs before it runs, by depth, in a loop and in a scan."""
+    from bench.compile_time import DEPTHS, ROUNDS, compilations, tables
+
+    found = compilations(layers or DEPTHS, rounds=rounds or ROUNDS)
+    _show(tables(found), found, json)
+
+
+@app.command()
+def dispatch(layers: Layers = None, rounds: Rounds = None, json: Json = None) -> None:
+    """What a call costs the host, by style of call and number of arrays."""
+    from bench.dispatch import LAYERS, ROUNDS, dispatch_costs, tables
+
+    found = dispatch_costs(layers or LAYERS, rounds=rounds or ROUNDS)
+    _show(tables(found), found, json)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def recipes(context: typer.Context) -> None:
+    """What the recipes take, and what came of their mistakes."""
+    from bench.recipe_tables import main
+
+    main(context.args)
+
+
+@app.command()
+def conformance(
+    max_examples: Annotated[int, typer.Option(min=1, help="Cases that each law is tried on.")] = 25,
+    json: Json = None,
+) -> None:
+    """Which implementation keeps which law: `isoformer conform`, with the machine beside the verdicts."""
+    from conformance import report, suite
+
+    subjects, absent = suite.shipped()
+    columns = suite.conform(subjects, max_examples=max_examples)
+    report.as_text(columns, absent, Console())
+    _keep(report.as_json(columns, absent), json)
+
+
+@app.command()
+def report(
+    kept: Annotated[Path, typer.Option(help="The folder of what the benches found.")] = Path("runs/bench"),
+    output: Annotated[Path | None, typer.Option(help="The folder for the pages.", show_default="--kept")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again, not only what is missing.")] = False,
+) -> None:
+    """Measures what is missing, in short forms, and writes report.html and report.md."""
+    from bench.report import measure, write
+
+    measure(kept, fresh=fresh)
+    for page in write(kept, output or kept):
+        print(page)
+
+
+def _show(tables: Sequence[Table], found: Sequence[Any], json: Path | None) -> None:
+    console = Console(width=200)
+    for table in tables:
         console.print(table)
-    about = versions("jax") | machine()
-    console.print(f"interleaved in one process, outputs checked against each other first; {about}", highlight=False)
-    _keep(sys.argv[1:], about, results)
+    _keep([one._asdict() for one in found], json)
 
 
-def _bench(name: str, rest: list[str]) -> None:
-    console, about = Console(width=200), versions("jax", "flax", "equinox") | machine()
-    if name == "dispatch":
-        from bench.dispatch import LAYERS, dispatch_costs, tables
-
-        results = [cost for layers in LAYERS for cost in dispatch_costs(layers)]
-        shown = tables(results)
-    else:
-        from bench.compile_time import compilations, table
-
-        results = compilations()
-        shown = [table(results)]
-    for one in shown:
-        console.print(one)
-    console.print(f"interleaved in one process, medians (with spread); {about}", highlight=False)
-    _keep(rest, about, [one._asdict() for one in results])
-
-
-def _keep(files: list[str], about: dict[str, str | int], results: list[dict]) -> None:
-    if files:
-        Path(files[0]).write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
+def _keep(results: Any, json: Path | None) -> None:
+    found = about(results, arguments=sys.argv[1:])
+    Console().print(f"{found.machine}, load {found.load}, {found.versions}", highlight=False)
+    if json:
+        keep(json, found)
 
 
 if __name__ == "__main__":
-    main()
+    app(prog_name="python -m bench")

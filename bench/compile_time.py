@@ -59,7 +59,7 @@ def compilations(depths: Sequence[int] = DEPTHS, *, rounds: int = ROUNDS) -> lis
     ]
 
 
-def table(found: Sequence[Compilation]) -> Table:
+def tables(found: Sequence[Compilation]) -> list[Table]:
     """By depth, and what the deepest costs beside the least deep."""
     depths = sorted({one.layers for one in found})
     made = Table(
@@ -71,7 +71,7 @@ def table(found: Sequence[Compilation]) -> Table:
             cells = [f"{row[n].compile_s:.1f} s ({row[n].spread[0]:.1f}-{row[n].spread[1]:.1f})" for n in depths]
             ratio = row[depths[-1]].compile_s / row[depths[0]].compile_s
             made.add_row(f"{name}, {'scan' if scan else 'loop'}", *cells, f"{ratio:.2f} x")
-    return made
+    return [made]
 
 
 def _first_and_later(name: str, scan: bool, layers: int) -> tuple[float, float]:

@@ -47,8 +47,13 @@ class Cost(NamedTuple):
     ratio: float
 
 
-def dispatch_costs(layers: int, *, rounds: int = ROUNDS) -> list[Cost]:
-    """Of every job and style, in an order drawn anew for each round; of three calls in a row the least."""
+def dispatch_costs(layers: Sequence[int] = LAYERS, *, rounds: int = ROUNDS) -> list[Cost]:
+    """Of every number of layers, job and style."""
+    return [cost for number in layers for cost in _costs(number, rounds)]
+
+
+def _costs(layers: int, rounds: int) -> list[Cost]:
+    """In an order drawn anew for each round; of three calls in a row the least."""
     found = []
     for job, calls in {"forward": _forward, "decode step": _decode, "train step": _train}.items():
         styles = calls(layers)

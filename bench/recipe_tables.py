@@ -1,7 +1,6 @@
 """`python -m bench recipes`: what the recipes cost and what came of their mistakes, as tables, data and a page."""
 
 import argparse
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ergonomics import FRAMEWORKS, Recipe, measured, recipe_names
+from bench.kept import about, keep
+from bench.mistakes import RECIPES
 from seq2seq.machine import machine, versions
 
 _PAGE = """# Recipes: the same tasks in NNX and in Equinox
@@ -64,8 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     console.print(_rich("What a task takes", SIZES, sizes(recipes)))
     console.print(_rich("What happens when one slips", OUTCOMES[:-1], [row[:-1] for row in outcomes(recipes)]))
     if options.json:
-        data = {"machine": about(), "recipes": [_plain(recipe) for recipe in recipes]}
-        options.json.write_text(json.dumps(data, indent=2) + "\n")
+        keep(options.json, about([_plain(recipe) for recipe in recipes], arguments=["recipes", *arguments]))
     if options.page:
         options.page.write_text(page(recipes, runs=options.runs))
 
@@ -98,15 +98,14 @@ def page(recipes: Sequence[Recipe], *, runs: int) -> str:
     """docs/recipes.md."""
     linked = [(f"[{r.task}](../bench/recipes/{r.task}_{r.frontend}.py)", *row[1:]) for r, row in _rows(recipes)]
     short = [(*row[:4], _code(row[4]), row[5]) for row in outcomes(recipes)]
-    shown = ", ".join(f"{name} {value}" for name, value in about().items())
+    shown = ", ".join(f"{name} {value}" for name, value in _machine().items())
     tables = {"sizes": _markdown(SIZES, linked), "outcomes": _markdown(OUTCOMES, short)}
     tables["totals"] = _markdown(("what happened", *FRAMEWORKS), totals(recipes))
     times = "one run" if runs == 1 else f"median of {runs} runs"
     return _PAGE.format(runs=times, machine=f"Measured with {shown}.", **tables)
 
 
-def about() -> dict[str, str]:
-    """What the figures depend on."""
+def _machine() -> dict[str, str]:
     packages = versions("jax", "flax", "equinox", "optax")
     return {"python": platform.python_version()} | packages | {"cores": str(machine()["cores"])}
 
@@ -116,7 +115,9 @@ def _rows(recipes: Sequence[Recipe]) -> zip:
 
 
 def _plain(recipe: Recipe) -> dict:
-    return recipe._asdict() | {"outcomes": [outcome._asdict() for outcome in recipe.outcomes]}
+    """With the source, so that what was measured can be shown beside it."""
+    source = (RECIPES / f"{recipe.task}_{recipe.frontend}.py").read_text()
+    return recipe._asdict() | {"source": source, "outcomes": [outcome._asdict() for outcome in recipe.outcomes]}
 
 
 def _code(message: str, length: int = 140) -> str:

@@ -1,29 +1,46 @@
-"""Our attention beside the peers', on the same numbers, in turn."""
+"""Our attention beside the peers', on the same numbers, in turn: `python -m bench speed`."""
 
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.table import Table
 
 from core.attention import IMPLEMENTATIONS, dot_product_attention
 from seq2seq.measure import timed
 
 LENGTHS = (64, 256, 512, 1024)
-_ROUNDS = 15
+ROUNDS = 15
+KINDS = ("forward", "forward + backward")
+SHAPE = lambda length: (4, length, 8, 64)
 Attention = Callable[[Any, Any, Any], Any]
 
 
-def attention_times(length: int) -> dict[str, dict[str, float]]:
-    """Median seconds of causal attention, B=4, N=8, H=64, float32, by implementation; ours first."""
+class Time(NamedTuple):
+    """Seconds of one program: the least, which other work on the machine hardly touches, and the median."""
+
+    length: int
+    implementation: str
+    kind: str
+    least: float
+    median: float
+
+
+def attention_times(lengths: Sequence[int] = LENGTHS, *, rounds: int = ROUNDS) -> list[Time]:
+    """Of causal attention, B=4, N=8, H=64, float32, forward and with its gradient; ours first."""
+    return [time for length in lengths for time in _times(length, rounds)]
+
+
+def _times(length: int, rounds: int) -> list[Time]:
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal((4, length, 8, 64)).astype(np.float32) for _ in range(3)]
-    contenders = _jax_contenders(length) | _torch_contenders()
+    inputs = [rng.standard_normal(SHAPE(length)).astype(np.float32) for _ in range(3)]
+    contenders = jax_contenders(length) | _torch_contenders()
     arguments = {name: [convert(array) for array in inputs] for name, (convert, _, _) in contenders.items()}
     reference = None
     for name, (_, forward, both) in contenders.items():
@@ -31,17 +48,29 @@ def attention_times(length: int) -> dict[str, dict[str, float]]:
         both(*arguments[name])
         reference = output if reference is None else reference
         np.testing.assert_allclose(output, reference, rtol=1e-4, atol=1e-5, err_msg=name)
-    samples: dict[str, dict[str, list[float]]] = {
-        name: {"forward": [], "forward + backward": []} for name in contenders
-    }
-    for _ in range(_ROUNDS):
-        for name, (_, forward, both) in contenders.items():
-            samples[name]["forward"].append(timed(forward, *arguments[name])[0])
-            samples[name]["forward + backward"].append(timed(both, *arguments[name])[0])
-    return {name: {kind: statistics.median(times) for kind, times in by.items()} for name, by in samples.items()}
+    samples: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for name, (_, *programs) in contenders.items():
+            for kind, program in zip(KINDS, programs, strict=True):
+                samples.setdefault((name, kind), []).append(timed(program, *arguments[name])[0])
+    return [Time(length, name, kind, min(times), statistics.median(times)) for (name, kind), times in samples.items()]
 
 
-def _jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
+def tables(found: Sequence[Time]) -> list[Table]:
+    """One for each kind: implementations by length, beside ours."""
+    made = []
+    for kind in KINDS:
+        table = Table("T = S", "implementation", "median", "least", "ours / theirs", title=f"attention, {kind}")
+        for length in dict.fromkeys(time.length for time in found):
+            rows = [time for time in found if (time.length, time.kind) == (length, kind)]
+            for row in rows:
+                times = (f"{1000 * seconds:.2f} ms" for seconds in (row.median, row.least))
+                table.add_row(str(length), row.implementation, *times, f"{rows[0].least / row.least:.2f}")
+        made.append(table)
+    return made
+
+
+def jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     ours = lambda implementation: partial(dot_product_attention, causal=True, implementation=implementation)
     functions = {

@@ -1,7 +1,7 @@
 """Whether the two frontends agree: as programs, and in bits."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,33 +16,39 @@ from core.losses import Batch
 from seq2seq.frontends import FRONTENDS, frontend
 
 
+def programs(package: Any, config: TransformerConfig) -> dict[str, Callable[[dict, Batch], Any]]:
+    """Forward, loss gradient and decode step of one frontend, as functions of weights and a batch."""
+
+    def model(weights):
+        return package.evaluation(package.from_weights(config, weights))
+
+    def forward(weights, batch):
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        return model(weights)(batch.source, batch.inputs, **masks)
+
+    def gradient(weights, batch):
+        return jax.grad(lambda weights: package.loss_fn(model(weights), batch)[0])(weights)
+
+    def decode_step(weights, batch):
+        ready = model(weights)
+        tokens, cache = ready.start(batch.source, source_mask=batch.source_mask, max_length=batch.labels.shape[-1])
+        return ready.decode_step(tokens[..., None], cache)
+
+    return {"forward": forward, "loss gradient": gradient, "decode step": decode_step}
+
+
 def text_identity(config: TransformerConfig, weights: Mapping[str, Array], batch: Batch) -> dict[str, dict[str, str]]:
-    """sha256 of the StableHLO text of forward, loss gradient and decode step, by program and frontend."""
-
-    def programs(package: Any):
-        def model(weights):
-            return package.evaluation(package.from_weights(config, weights))
-
-        def forward(weights, batch):
-            masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
-            return model(weights)(batch.source, batch.inputs, **masks)
-
-        def gradient(weights, batch):
-            return jax.grad(lambda weights: package.loss_fn(model(weights), batch)[0])(weights)
-
-        def decode_step(weights, batch):
-            ready = model(weights)
-            tokens, cache = ready.start(batch.source, source_mask=batch.source_mask, max_length=batch.labels.shape[-1])
-            return ready.decode_step(tokens[..., None], cache)
-
-        return {"forward": forward, "loss gradient": gradient, "decode step": decode_step}
-
+    """sha256 of the StableHLO text of each of the programs, by program and frontend."""
     hashes: dict[str, dict[str, str]] = {}
     for name in FRONTENDS:
-        for program, fn in programs(frontend(name)).items():
-            text = program_text(fn, dict(weights), batch)
-            hashes.setdefault(program, {})[name] = hashlib.sha256(text.encode()).hexdigest()
+        for program, fn in programs(frontend(name), config).items():
+            hashes.setdefault(program, {})[name] = text_hash(fn, dict(weights), batch)
     return hashes
+
+
+def text_hash(fn: Callable[..., Any], *args: Any) -> str:
+    """sha256 of the StableHLO text."""
+    return hashlib.sha256(program_text(fn, *args).encode()).hexdigest()
 
 
 def step_difference(

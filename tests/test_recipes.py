@@ -139,7 +139,7 @@ def test_a_recipe_runs_as_a_program():
 def test_the_command_prints_tables_and_keeps_data(tmp_path, capsys):
     main(["inspection_nnx", "--runs", "1", "--json", str(tmp_path / "data.json"), "--page", str(tmp_path / "page.md")])
     assert "silently" in capsys.readouterr().out
-    (recipe,) = json.loads((tmp_path / "data.json").read_text())["recipes"]
+    (recipe,) = json.loads((tmp_path / "data.json").read_text())["results"]
     assert recipe["names"]
     assert recipe["outcomes"][0]["outcome"] == "silently wrong"
     assert page_rows((tmp_path / "page.md").read_text()) == {row for row in PAGE_ROWS if row[0] == "inspection"} - {
