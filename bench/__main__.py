@@ -57,6 +57,19 @@ def compile(layers: Layers = None, rounds: Rounds = None, json: Json = None) -> 
 
 
 @app.command()
+def train(
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or base; may be given twice.")] = None,
+    rounds: Rounds = None,
+    json: Json = None,
+) -> None:
+    """A whole training step beside PyTorch's."""
+    from bench.train_step import SIZES, step_times, tables
+
+    found = step_times(sizes or tuple(SIZES), rounds=rounds)
+    _show(tables(found), found, json)
+
+
+@app.command()
 def dispatch(layers: Layers = None, rounds: Rounds = None, json: Json = None) -> None:
     """What a call costs the host, by style of call and number of arrays."""
     from bench.dispatch import LAYERS, ROUNDS, dispatch_costs, tables

@@ -83,8 +83,18 @@ def accuracy(
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
     check_label_shapes(logits.shape[:-1], labels=labels, weights=weights)
-    hits = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels.astype(jnp.int32)).astype(jnp.float32)
+    hits = (likeliest(logits) == labels.astype(jnp.int32)).astype(jnp.float32)
     return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
+
+
+def likeliest(logits: Float[Array, "*B V"]) -> Integer[Array, "*B"]:
+    """The id of the highest logit, the lowest of several; V where there is a NaN.
+
+    Not by argmax, which XLA computes number by number on CPUs.
+    """
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    highest = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.where(highest, ids, logits.shape[-1]).min(axis=-1)
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from core.layers import check_tokens, wide_dtype, zero_padding
-from core.losses import Batch, Metrics, check_label_shapes, check_smoothing, sequence_metrics, token_cross_entropy
+from core.losses import (
+    Batch,
+    Metrics,
+    check_label_shapes,
+    check_smoothing,
+    likeliest,
+    sequence_metrics,
+    token_cross_entropy,
+)
 
 _HELD = 2**21  # logits that are held at once: docs/performance.md has the measurement
 
@@ -65,8 +73,8 @@ def _chunk_sums(static: Static, learned: list[Array], x: Array, labels: Array, m
     project, smoothing = static
     logits, labels = project(zero_padding(x, mask), *learned), jnp.where(mask, labels, 0)
     losses = token_cross_entropy(logits, labels, label_smoothing=smoothing)
-    hits = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
-    return jnp.where(mask, losses, 0.0).sum(), (mask & hits).sum().astype(jnp.float32)
+    hits = mask & (likeliest(logits) == labels)
+    return jnp.where(mask, losses, 0.0).sum(), hits.sum().astype(jnp.float32)
 
 
 def _all_sums(
