@@ -95,6 +95,31 @@ def test_the_parameter_count_is_the_papers():
     )  # 63 million: the base model of the paper's table 3, which says 65
 
 
+@given(configs())
+@settings(max_examples=8)
+def test_the_parameter_count_is_that_of_a_sum_on_paper(config):
+    """Of the encoder-decoder under every option."""
+    weights = jax.eval_shape(lambda: nnx_impl.to_weights(nnx_impl.init_transformer(config, seed=0)))
+    D, N, K, F = config.d_model, config.num_heads, config.kv_heads, config.d_ff
+    H, Hv, rows = config.head_dim, config.value_width, 2 * config.relative_distance + 1
+    norm = lambda width: width * (1 if config.norm == "rms_norm" else 2)
+    linear = lambda i, o, bias: i * o + (o if bias else 0)
+    attention = sum(linear(D, o, config.attention_bias) for o in (N * H, K * H, K * Hv))
+    attention += linear(N * Hv, D, config.attention_bias)
+    attention += 2 * norm(H) * config.qk_norm + N * config.attention_sinks
+    distances = {"shaw": rows * (H + Hv), "transformer_xl": 2 * N * H + D * D}.get(config.positions, 0)
+    ups = 2 if config.activation in ("glu", "geglu", "swiglu", "reglu") else 1
+    feed_forward = ups * linear(D, F, config.feed_forward_bias) + linear(F, D, config.feed_forward_bias)
+    norms = norm(D) * (2 if config.norm_order == "sandwich" else 1)
+    encoder = config.num_encoder_layers * (attention + distances + feed_forward + 2 * norms)
+    decoder = config.num_decoder_layers * (2 * attention + distances + feed_forward + 3 * norms)
+    stack = {"t5": config.relative_buckets * N, "learned": config.max_length * D}.get(config.positions, 0)
+    stack += 0 if config.norm_order == "post" else norm(D)
+    tables = {"none": (1, 2), "target": (1, 1), "all": (0, 1)}[config.tie_embeddings]
+    vocabularies = tables[0] * config.vocab_size("source") + tables[1] * config.vocab_size("target")
+    assert sum(array.size for array in weights.values()) == encoder + decoder + 2 * stack + vocabularies * D
+
+
 def definitions(package: str, file: str) -> set[str]:
     module = importlib.import_module(f"{package}.{file}".removesuffix(".__init__"))
     names = set()
