@@ -50,7 +50,9 @@ def linear(
     x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*B O"]:
     """x kernel + bias, with the parameters cast to x's dtype."""
-    y = _product(x, kernel, x.dtype)
+    # one plain product of matrices, for the gradient by the kernel is slower where it sums over several axes
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
     return y if bias is None else y + _along_last(bias.astype(x.dtype), y)
 
 
@@ -159,7 +161,8 @@ def known_values(x: Array) -> np.ndarray | None:
 
 def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
-    return _product(x, kernel, wide_dtype(x))
+    dtype = wide_dtype(x)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 def source_vectors(
@@ -234,13 +237,6 @@ def residual(
             raise ValueError("the sandwich order needs a second norm, out_norm, got none")
         y = out_norm(y)
     return x + dropout(y), aux
-
-
-def _product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dtype: jnp.dtype) -> Float[Array, "*B O"]:
-    """x kernel as one plain product of matrices, for the gradient by the kernel is slower along several axes."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _is_zero(rate: float | Array) -> bool:
