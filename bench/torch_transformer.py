@@ -60,7 +60,7 @@ class Transformer(torch.nn.Module):
         positions = sinusoidal(jnp.arange(config.max_length, dtype=jnp.int32), width, jnp.dtype(config.param_dtype))
         self.register_buffer("positions", torch.tensor(np.asarray(positions)), persistent=False)
         self.dropout = torch.nn.Dropout(config.stack_dropout_rate)
-        self.to(getattr(torch, config.param_dtype))
+        self.to(getattr(torch, str(config.param_dtype)))
 
     def forward(self, source, inputs, source_mask, target_mask=None):
         """Logits [B, T, V]; of the R real target tokens alone, [R, V], if a target mask tells which.

@@ -5,9 +5,11 @@ import json
 import math
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "geglu", "swiglu", "reglu"]
 NormOrder = Literal["post", "pre", "sandwich"]
@@ -17,6 +19,9 @@ RotaryScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 FloatType = Literal["float32", "bfloat16", "float16", "float64"]
 Kept = Literal["nothing", "projections"]
 Implementation = Literal["materialised", "blockwise", None]
+MaybeNone: TypeAlias = Any
+"""In the type of a part that is None where the configuration asks for none. Any, as in typeshed: whoever chose the
+configuration knows, and need not prove it to a type checker at every use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,13 +89,16 @@ class TransformerConfig:
     # vocabularies); all: the source embedding too, as in the paper, for one joint vocabulary
     tie_embeddings: Literal["none", "target", "all"] = "target"
     scale_embeddings: bool = True  # times sqrt(d_model), on the way in
-    dtype: FloatType = "float32"  # of activations; softmax, norms and logits are at least float32
-    param_dtype: FloatType = "float32"  # in which parameters are stored
+    # what jnp.dtype takes, kept as its name; the model computes in `dtype` however its arrays are stored or cast
+    dtype: FloatType | DTypeLike = "float32"  # of activations; softmax, norms and logits are at least float32
+    param_dtype: FloatType | DTypeLike = "float32"  # in which parameters are stored
     remat: bool = False  # blocks are computed again in the backward pass, to hold only what goes between them
     remat_keeps: Kept = "nothing"  # and what else they hold; projections: what comes out of every kernel
     scan_layers: bool = False  # a stack is one block with stacked parameters, compiled once whatever the depth
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _float_type(name, getattr(self, name)))
         _check_types(self)
         for name in ("d_model", "num_heads", "d_ff", "max_length", "relative_distance", "rotary_original_length"):
             _check_range(self, name, 1, math.inf)
@@ -224,14 +232,27 @@ def check_window(window: tuple[int, int]) -> None:
         )
 
 
+def _float_type(name: str, given: DTypeLike) -> FloatType:
+    try:
+        found = None if given is None else jnp.dtype(given).name  # None would be float64
+    except TypeError:
+        found = None
+    for float_type in get_args(FloatType):
+        if found == float_type:
+            return float_type
+    raise ValueError(f"{name} must be one of {get_args(FloatType)}, got {given!r}")
+
+
 def _check_types(config: TransformerConfig) -> None:
     for name, hint in typing.get_type_hints(TransformerConfig).items():
         value = getattr(config, name)
-        if typing.get_origin(hint) is Literal:
-            if value not in typing.get_args(hint):
-                raise ValueError(f"{name} must be one of {typing.get_args(hint)}, got {value!r}")
+        if name in ("dtype", "param_dtype"):
             continue
-        union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if typing.get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            continue
+        union = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         accepted = tuple(typing.get_origin(kind) or kind for kind in union)
         if float in accepted:
             accepted += (int,)

@@ -46,12 +46,14 @@ def over_layers(
         extras = {}
         for i, (block, own) in enumerate(zip(blocks, site_keys(key, 1 + len(blocks))[1:], strict=True)):
             step = rematerialised(functools.partial(layer, block), config)
-            x, extra = step(x, None if inputs is None else inputs[i], own, None)
+            with jax.named_scope(f"blocks.{i}"):
+                x, extra = step(x, None if inputs is None else inputs[i], own, None)
             extras |= {f"blocks.{i}.{name}": value for name, value in extra.items()}
         return x, extras
     arrays, block_of = blocks.split()
     layers = len(blocks.depth_rates)
 
+    @jax.named_scope("blocks")
     def body(x: Array, own: tuple) -> tuple[Array, dict[str, Any]]:
         arrays, child, given, depth_rate = own
         return layer(block_of(arrays), x, given, None if key is None else jax.random.fold_in(key, child), depth_rate)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import TypeVar, overload
 
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.extend.source_info_util import current_name_stack
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from core.config import Activation, FloatType, NormOrder, check_rate
+from core.config import Activation, NormOrder, check_rate
 
 Aux = TypeVar("Aux")
 
@@ -50,6 +53,7 @@ def linear(
     x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*B O"]:
     """x kernel + bias, with the parameters cast to x's dtype."""
+    check_parameter("kernel", kernel, "I O", x)
     # one plain product of matrices, for the gradient by the kernel is slower where it sums over several axes
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -63,6 +67,7 @@ def layer_norm(
 
     The variance is that of the centred values: E[x^2] - E[x]^2 loses all digits where the mean is large.
     """
+    check_parameter("scale", scale, "D", x)
     wide = x.astype(wide_dtype(x))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
@@ -72,6 +77,7 @@ def layer_norm(
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, epsilon: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + epsilon) * scale (Zhang and Sennrich 2019), in at least float32."""
+    check_parameter("scale", scale, "D", x)
     wide = x.astype(wide_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
     return (normed * _along_last(scale.astype(wide.dtype), wide)).astype(x.dtype)
@@ -139,6 +145,7 @@ def site_keys(key: PRNGKeyArray | None, number: int) -> list[PRNGKeyArray] | lis
 
 def embed(tokens: Integer[Array, "*B"], embedding: Float[Array, "V D"], *, scale: float = 1.0) -> Float[Array, "*B D"]:
     """Row `tokens` of the table, times scale. A token outside [0, V) raises, and gives NaN under jit."""
+    check_parameter("embedding", embedding, "V D")
     check_tokens(tokens, embedding.shape[0])
     rows = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return rows if scale == 1 else rows * scale
@@ -154,6 +161,24 @@ def check_tokens(tokens: Integer[Array, "*B"], vocab_size: int, name: str = "tok
             raise ValueError(f"{name} must lie in [0, {vocab_size}), got values from {low} to {high}")
 
 
+def check_parameter(name: str, parameter: Array, axes: str, x: Array | None = None) -> None:
+    """ValueError, saying in which module, unless the parameter has these axes, the first as wide as x."""
+    given = f"{name} must be [{', '.join(axes.split())}], got {parameter.shape}{_place()}"
+    if parameter.ndim > len(axes.split()):
+        raise ValueError(
+            f"{given}; a model of an ensemble has an axis of members before: call it by nnx.vmap or eqx.filter_vmap"
+        )
+    if parameter.ndim < len(axes.split()):
+        raise ValueError(f"{given}; was it replaced or sliced?")
+    if x is not None and x.shape[-1:] != parameter.shape[:1]:
+        raise ValueError(f"x must be as wide as {name} {parameter.shape}{_place()}, got {x.shape}")
+
+
+def _place() -> str:
+    path = re.sub(r"\w+\(|\)", "", str(current_name_stack())).replace("/", ".")  # without jvp( ) and the like
+    return f" in {path}" if path else ""
+
+
 def known_values(x: Array) -> np.ndarray | None:
     """The numbers in x; None where they are not known, inside of jit, grad or vmap."""
     return None if isinstance(x, Tracer) else np.asarray(x)
@@ -161,12 +186,13 @@ def known_values(x: Array) -> np.ndarray | None:
 
 def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
+    check_parameter("kernel", kernel, "D V", x)
     dtype = wide_dtype(x)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 def source_vectors(
-    source: Float[Array, "*B S P"], real: Bool[Array, "*B S"] | None = None, *, features: int, dtype: FloatType
+    source: Float[Array, "*B S P"], real: Bool[Array, "*B S"] | None = None, *, features: int, dtype: DTypeLike
 ) -> Float[Array, "*B S P"]:
     """What a model reads of vectors: in its dtype, and 0 where they are padding.
 
@@ -204,10 +230,12 @@ def feed_forward(
 ) -> Float[Array, "*B D"]:
     """down(activation(up(x))) (2017); gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
     function = _ACTIVATIONS[activation]
+    up, down = jax.named_scope("up_proj")(up), jax.named_scope("down_proj")(down)
     if activation not in GATED:
         return down(function(up(x)))
     if gate is None:
         raise ValueError(f"{activation} needs a gate projection beside up and down, got none")
+    gate = jax.named_scope("gate_proj")(gate)
     return down(function(gate(x)) * up(x))
 
 

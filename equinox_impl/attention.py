@@ -3,12 +3,13 @@
 import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.attention import Rules, attention_with_weights, dot_product_attention, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.layers import site_keys
 from core.masks import Mask, Offset, causal_or_prefix, combine
 from core.positions import position_ids
@@ -25,15 +26,15 @@ class MultiHeadAttention(eqx.Module):
     self-attention only, so a module for memories has `positions=False`.
     """
 
-    config: TransformerConfig = eqx.field(static=True)
+    config: TransformerConfig = eqx.field(static=True, repr=False)
     dropout: Dropout
-    k_norm: LayerNorm | RMSNorm | None
+    k_norm: LayerNorm | RMSNorm | MaybeNone
     k_proj: Linear
     o_proj: Linear
-    q_norm: LayerNorm | RMSNorm | None
+    q_norm: LayerNorm | RMSNorm | MaybeNone
     q_proj: Linear
-    relative: ShawPositions | TransformerXLPositions | None
-    sinks: Float[Array, "N"] | None
+    relative: ShawPositions | TransformerXLPositions | MaybeNone
+    sinks: Float[Array, "N"] | MaybeNone
     v_proj: Linear
 
     def __init__(self, config: TransformerConfig, *, positions: bool = True, key: PRNGKeyArray):
@@ -92,7 +93,8 @@ class MultiHeadAttention(eqx.Module):
             raise ValueError("a memory is attended to as it is: history and cache go without")
         if cache is not None and (mask is not None or history is not None or return_weights):
             raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
-        q = split_heads(self.q_proj(x), self.config.num_heads)
+        with jax.named_scope("q_proj"):
+            q = split_heads(self.q_proj(x), self.config.num_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         read = x if history is None else jnp.concatenate([history, x], axis=-2)
         k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
@@ -125,12 +127,16 @@ class MultiHeadAttention(eqx.Module):
                     ),
                     None,
                 )
-        return self.o_proj(merge_heads(out)), extra
+        with jax.named_scope("o_proj"):
+            return self.o_proj(merge_heads(out)), extra
 
     def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:
         """The projected keys and values of a memory, to be computed once and read at every step."""
         heads = self.config.kv_heads
-        k, v = split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads)
+        with jax.named_scope("k_proj"):
+            k = split_heads(self.k_proj(memory), heads)
+        with jax.named_scope("v_proj"):
+            v = split_heads(self.v_proj(memory), heads)
         return KeysValues(k if self.k_norm is None else self.k_norm(k), v)
 
     def rules(self) -> Rules:

@@ -4,10 +4,11 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.cache import KeysValues, KVCache
-from core.config import Activation, TransformerConfig
+from core.config import Activation, MaybeNone, TransformerConfig
 from core.layers import GATED, feed_forward, residual, site_keys
 from core.masks import Mask, Offset
 from core.relative import Relative
@@ -20,7 +21,7 @@ class FeedForward(eqx.Module):
 
     activation: Activation = eqx.field(static=True)
     down_proj: Linear
-    gate_proj: Linear | None
+    gate_proj: Linear | MaybeNone
     up_proj: Linear
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
@@ -33,6 +34,7 @@ class FeedForward(eqx.Module):
             self.gate_proj = linear(config.d_model, config.d_ff, key=next(keys))
         self.up_proj = linear(config.d_model, config.d_ff, key=next(keys))
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "*B D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
         return feed_forward(x, self.up_proj, self.down_proj, self.gate_proj, activation=self.activation)
 
@@ -42,12 +44,12 @@ class EncoderBlock(eqx.Module):
 
     attention: MultiHeadAttention
     attention_norm: LayerNorm | RMSNorm
-    attention_out_norm: LayerNorm | RMSNorm | None
-    config: TransformerConfig = eqx.field(static=True)
+    attention_out_norm: LayerNorm | RMSNorm | MaybeNone
+    config: TransformerConfig = eqx.field(static=True, repr=False)
     dropout: Dropout
     feed_forward: FeedForward
     feed_forward_norm: LayerNorm | RMSNorm
-    feed_forward_out_norm: LayerNorm | RMSNorm | None
+    feed_forward_out_norm: LayerNorm | RMSNorm | MaybeNone
 
     def __init__(self, config: TransformerConfig, *, depth_rate: float = 0.0, key: PRNGKeyArray):
         keys = iter(site_keys(key, 2))
@@ -92,12 +94,13 @@ class EncoderBlock(eqx.Module):
         x, weights = wrap(
             x,
             functools.partial(
-                self.attention.run, mask=mask, relative=relative, return_weights=return_weights, key=keys[0]
+                jax.named_scope("attention")(self.attention.run), mask=mask, relative=relative,
+                return_weights=return_weights, key=keys[0],
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
             dropout=functools.partial(self.dropout, depth_rate=depth_rate, key=keys[1]),
-        )
+        )  # fmt: skip
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
@@ -113,15 +116,15 @@ class DecoderBlock(eqx.Module):
 
     attention: MultiHeadAttention
     attention_norm: LayerNorm | RMSNorm
-    attention_out_norm: LayerNorm | RMSNorm | None
-    config: TransformerConfig = eqx.field(static=True)
-    cross_attention: MultiHeadAttention | None
-    cross_attention_norm: LayerNorm | RMSNorm | None
-    cross_attention_out_norm: LayerNorm | RMSNorm | None
+    attention_out_norm: LayerNorm | RMSNorm | MaybeNone
+    config: TransformerConfig = eqx.field(static=True, repr=False)
+    cross_attention: MultiHeadAttention | MaybeNone
+    cross_attention_norm: LayerNorm | RMSNorm | MaybeNone
+    cross_attention_out_norm: LayerNorm | RMSNorm | MaybeNone
     dropout: Dropout
     feed_forward: FeedForward
     feed_forward_norm: LayerNorm | RMSNorm
-    feed_forward_out_norm: LayerNorm | RMSNorm | None
+    feed_forward_out_norm: LayerNorm | RMSNorm | MaybeNone
 
     def __init__(
         self, config: TransformerConfig, *, cross_attention: bool = True, depth_rate: float = 0.0, key: PRNGKeyArray
@@ -185,20 +188,20 @@ class DecoderBlock(eqx.Module):
         x, extra = wrap(
             x,
             functools.partial(
-                self.attention.run, mask=mask, causal=True, prefix=prefix, relative=relative, history=history,
-                cache=cache, return_weights=return_weights, key=keys[0],
+                jax.named_scope("attention")(self.attention.run), mask=mask, causal=True, prefix=prefix,
+                relative=relative, history=history, cache=cache, return_weights=return_weights, key=keys[0],
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
             dropout=functools.partial(self.dropout, depth_rate=depth_rate, key=keys[1]),
         )  # fmt: skip
         cross_extra = None
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
+        if self.cross_attention is not None:
             x, cross_extra = wrap(
                 x,
                 functools.partial(
-                    self.cross_attention.run, memory=memory, mask=memory_mask, return_weights=return_weights,
-                    key=keys[2],
+                    jax.named_scope("cross_attention")(self.cross_attention.run), memory=memory, mask=memory_mask,
+                    return_weights=return_weights, key=keys[2],
                 ),
                 norm=self.cross_attention_norm,
                 out_norm=self.cross_attention_out_norm,

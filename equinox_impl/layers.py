@@ -5,10 +5,12 @@ tree, such as the norm that gradients are clipped by, then agree in bits.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from core.config import Positions, TransformerConfig, check_rate
+from core.config import MaybeNone, Positions, TransformerConfig, check_rate
 from core.layers import (
     branch_dropout,
     dropout_key,
@@ -27,7 +29,7 @@ from core.positions import add_positions, position_ids
 class Linear(eqx.Module):
     """x kernel + bias: `[*B, in] -> [*B, out]`; kernel `[in, out]`, bias `[out]`."""
 
-    bias: Float[Array, "O"] | None
+    bias: Float[Array, "O"] | MaybeNone
     kernel: Float[Array, "I O"]
 
     def __init__(
@@ -36,7 +38,7 @@ class Linear(eqx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        param_dtype: str = "float32",
+        param_dtype: DTypeLike = "float32",
         key: PRNGKeyArray,
     ):
         (kernel_key,), dtype = site_keys(key, 1), jnp.dtype(param_dtype)
@@ -54,7 +56,7 @@ class LayerNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
     scale: Float[Array, "D"]
 
-    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: DTypeLike = "float32"):
         self.bias = jnp.zeros(features, jnp.dtype(param_dtype))
         self.epsilon = epsilon
         self.scale = jnp.ones(features, jnp.dtype(param_dtype))
@@ -69,7 +71,7 @@ class RMSNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
     scale: Float[Array, "D"]
 
-    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32"):
+    def __init__(self, features: int, *, epsilon: float = 1e-6, param_dtype: DTypeLike = "float32"):
         self.epsilon = epsilon
         self.scale = jnp.ones(features, jnp.dtype(param_dtype))
 
@@ -90,12 +92,19 @@ class Embedding(eqx.Module):
     scale: float = eqx.field(static=True)
 
     def __init__(
-        self, vocab_size: int, features: int, *, scale: float = 1.0, param_dtype: str = "float32", key: PRNGKeyArray
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        scale: float = 1.0,
+        param_dtype: DTypeLike = "float32",
+        key: PRNGKeyArray,
     ):
         (table_key,) = site_keys(key, 1)
         self.embedding = embedding_init(table_key, (vocab_size, features), jnp.dtype(param_dtype))
         self.scale = scale
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: Integer[Array, "*B"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*B D"]:
         return embed(tokens, self.embedding, scale=self.scale)
 
@@ -109,7 +118,7 @@ class Unembedding(eqx.Module):
 
     kernel: Float[Array, "D V"]
 
-    def __init__(self, features: int, vocab_size: int, *, param_dtype: str = "float32", key: PRNGKeyArray):
+    def __init__(self, features: int, vocab_size: int, *, param_dtype: DTypeLike = "float32", key: PRNGKeyArray):
         (kernel_key,) = site_keys(key, 1)
         self.kernel = kernel_init(kernel_key, (features, vocab_size), jnp.dtype(param_dtype))
 
@@ -120,7 +129,7 @@ class Unembedding(eqx.Module):
 class PositionEmbedding(eqx.Module):
     """Adds where a token stands; embedding `[max_length, D]` if positions are learned, else nothing to learn."""
 
-    embedding: Float[Array, "L D"] | None
+    embedding: Float[Array, "L D"] | MaybeNone
     kind: Positions = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):

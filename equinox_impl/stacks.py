@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.depth import over_layers
 from core.layers import site_keys
 from core.masks import Mask, Offset, Padding
@@ -25,11 +25,11 @@ class Encoder(eqx.Module):
     """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
 
     blocks: tuple[EncoderBlock, ...] | StackedBlocks[EncoderBlock]
-    config: TransformerConfig = eqx.field(static=True)
+    config: TransformerConfig = eqx.field(static=True, repr=False)
     dropout: Dropout
-    norm: LayerNorm | RMSNorm | None
+    norm: LayerNorm | RMSNorm | MaybeNone
     position_embedding: PositionEmbedding
-    relative: T5Positions | None
+    relative: T5Positions | MaybeNone
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         layers = config.num_encoder_layers
@@ -53,6 +53,7 @@ class Encoder(eqx.Module):
         """The memory that a decoder reads; `mask` broadcasts to `[*B, N, S, S]`."""
         return self.run(x, mask=mask, key=key)[0]
 
+    @jax.named_scope("encoder")
     def run(
         self,
         x: Float[Array, "*B S D"],
@@ -83,11 +84,11 @@ class Decoder(eqx.Module):
     """A stack of decoder blocks over vectors: `[*B, T, D]`, `[*B, S, D] -> [*B, T, D]`."""
 
     blocks: tuple[DecoderBlock, ...] | StackedBlocks[DecoderBlock]
-    config: TransformerConfig = eqx.field(static=True)
+    config: TransformerConfig = eqx.field(static=True, repr=False)
     dropout: Dropout
-    norm: LayerNorm | RMSNorm | None
+    norm: LayerNorm | RMSNorm | MaybeNone
     position_embedding: PositionEmbedding
-    relative: T5Positions | None
+    relative: T5Positions | MaybeNone
 
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, key: PRNGKeyArray):
         block = functools.partial(DecoderBlock, config, cross_attention=cross_attention)
@@ -114,6 +115,7 @@ class Decoder(eqx.Module):
         """The decoder's output; `mask` broadcasts to `[*B, N, T, T]`, `memory_mask` to `[*B, N, T, S]`."""
         return self.run(x, memory, mask=mask, memory_mask=memory_mask, key=key)[0]
 
+    @jax.named_scope("decoder")
     def run(
         self,
         x: Float[Array, "*B T D"],
@@ -197,6 +199,7 @@ class Decoder(eqx.Module):
         )
         return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32), prefix)
 
+    @jax.named_scope("decoder")
     def step(
         self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Integer[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
@@ -212,11 +215,12 @@ class Decoder(eqx.Module):
         relative = None if self.relative is None else self.relative()
         memories: tuple[KeysValues | None, ...] = cache.memory or (None,) * len(self.blocks)
         grown = []
-        for block, slots, memory in zip(self.blocks, cache.attention, memories, strict=True):
-            x, extra = block.run(
-                x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
-                cache=KVCache(slots, cache.length),
-            )  # fmt: skip
+        for i, (block, slots, memory) in enumerate(zip(self.blocks, cache.attention, memories, strict=True)):
+            with jax.named_scope(f"blocks.{i}"):
+                x, extra = block.run(
+                    x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
+                    cache=KVCache(slots, cache.length),
+                )  # fmt: skip
             grown.append(extra["attention"].keys_values)
         length = cache.length + (x.shape[-2] if count is None else count)
         x = x if self.norm is None else self.norm(x)

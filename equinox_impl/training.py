@@ -1,7 +1,7 @@
 """Training and evaluating an Equinox model, in the idiom of the framework."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,11 +24,12 @@ Kind = TypeVar("Kind", bound=Model)
 
 
 def loss_fn(
-    model: Model, batch: Batch, key: PRNGKeyArray | None = None, *, label_smoothing: float = 0.0
+    model: Model, batch: Batch, key: PRNGKeyArray | None = None, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs.
 
-    A classifier has one label an example, labels and target mask `[*B, 1]`.
+    A classifier has one label an example, labels and target mask `[*B, 1]`. To be differentiated as it is:
+    `eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, batch, key, label_smoothing=0.1)`.
     """
     if isinstance(model, Classifier):
         logits = model(batch.source, source_mask=batch.source_mask, key=key)[..., None, :]
@@ -48,7 +49,7 @@ def loss_fn(
 
 
 def update(
-    model: Model,
+    model: Kind,
     opt_state: optax.OptState,
     batch: Batch,
     key: PRNGKeyArray | None,
@@ -56,7 +57,7 @@ def update(
     tx: optax.GradientTransformation,
     label_smoothing: float = 0.0,
     accumulate: bool = False,
-) -> tuple[Model, optax.OptState, Metrics]:
+) -> tuple[Kind, optax.OptState, Metrics]:
     """One step of the optimizer; `train_step` is the same, jitted.
 
     With `accumulate` the first axis of the batch is that of micro-batches: their gradients are added, by tokens.
@@ -74,7 +75,7 @@ def update(
 
 
 def train_step(
-    model: Model,
+    model: Kind,
     opt_state: optax.OptState,
     batch: Batch,
     key: PRNGKeyArray | None,
@@ -82,7 +83,7 @@ def train_step(
     tx: optax.GradientTransformation,
     label_smoothing: float = 0.0,
     accumulate: bool = False,
-) -> tuple[Model, optax.OptState, Metrics]:
+) -> tuple[Kind, optax.OptState, Metrics]:
     """`update`, jitted; the buffers of the model and of the optimizer's state are reused, so drop the old ones."""
     options = {"label_smoothing": label_smoothing, "accumulate": accumulate}
     return _train_step((batch, key), model, opt_state, tx=tx, **options)
@@ -100,7 +101,7 @@ def eval_step(model: Model, batch: Batch) -> Metrics:
     return loss_fn(evaluation(model), batch)[1]
 
 
-class Trainer:
+class Trainer(Generic[Kind]):
     """A model, its optimizer and its randomness, behind the methods that both frontends share.
 
     A step costs the host what plain `jax.jit` of its arrays does, for they are held flat: reach the model as
@@ -109,7 +110,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model,
+        model: Kind,
         tx: optax.GradientTransformation,
         *,
         seed: int = 0,
@@ -128,7 +129,7 @@ class Trainer:
         self._step = jax.jit(step, donate_argnums=0)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Kind:
         """As it is now; the next step takes its buffers."""
         return self._held.modules[0]
 

@@ -4,11 +4,12 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from core.cache import DecoderCache
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.decoding import BOS, prefill, prompt_lengths
 from core.layers import masked_mean, site_keys, source_vectors
 from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
@@ -28,8 +29,8 @@ class Transformer(eqx.Module):
     config: TransformerConfig = eqx.field(static=True)
     decoder: Decoder
     encoder: Encoder
-    output_proj: Unembedding | None
-    source_embedding: Embedding | None
+    output_proj: Unembedding | MaybeNone
+    source_embedding: Embedding | MaybeNone
     target_embedding: Embedding
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
@@ -93,7 +94,7 @@ class Transformer(eqx.Module):
         )  # fmt: skip
         across = pair_segments(target_segments, source_segments)
         x, decoder = self.decoder.run(
-            self.target_embedding(target), memory,
+            self.embed_target(target), memory,
             mask=combine(padding(target_mask, target.shape), segments(target_segments, target.shape)),
             memory_mask=combine(memory_mask, across),
             positions=None if target_segments is None else segment_positions(target_segments),
@@ -125,13 +126,22 @@ class Transformer(eqx.Module):
         self, tokens: Integer[Array, "*B T"], cache: DecoderCache
     ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
         """Logits after each of T more tokens, and the grown cache."""
-        x, cache = self.decoder.step(self.target_embedding(tokens), cache)
+        x, cache = self.decoder.step(self.embed_target(tokens), cache)
         return self.logits(x), cache
 
     def embed_source(self, source: Integer[Array, "*B S"]) -> Float[Array, "*B S D"]:
         """Vectors of the source tokens, from the joint table if there is one."""
-        return self.target_embedding(source) if self.source_embedding is None else self.source_embedding(source)
+        if self.source_embedding is None:
+            return self.embed_target(source)
+        with jax.named_scope("source_embedding"):
+            return self.source_embedding(source)
 
+    @jax.named_scope("target_embedding")
+    def embed_target(self, target: Integer[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Vectors of the target tokens."""
+        return self.target_embedding(target)
+
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
         """Over the target vocabulary, by the tied table or by a projection of its own."""
         return self.target_embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -143,7 +153,7 @@ class EncoderOnlyTransformer(eqx.Module):
     config: TransformerConfig = eqx.field(static=True)
     embedding: Embedding
     encoder: Encoder
-    output_proj: Unembedding | None
+    output_proj: Unembedding | MaybeNone
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         keys = iter(site_keys(key, 3))
@@ -190,6 +200,7 @@ class EncoderOnlyTransformer(eqx.Module):
         )  # fmt: skip
         return self.logits(x) if project else x, {f"encoder.{name}": value for name, value in extras.items()}
 
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
         """Over the source vocabulary, by the tied table or by a projection of its own."""
         return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -201,7 +212,7 @@ class DecoderOnlyTransformer(eqx.Module):
     config: TransformerConfig = eqx.field(static=True)
     decoder: Decoder
     embedding: Embedding
-    output_proj: Unembedding | None
+    output_proj: Unembedding | MaybeNone
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         keys = iter(site_keys(key, 3))
@@ -292,6 +303,7 @@ class DecoderOnlyTransformer(eqx.Module):
         x, cache = self.decoder.step(self.embedding(tokens), cache)
         return self.logits(x), cache
 
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
         """Over the target vocabulary, by the tied table or by a projection of its own."""
         return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -342,8 +354,8 @@ class Classifier(eqx.Module):
         """The same, and if asked for every attention's weights by the name of its module."""
         mask = padding(source_mask, source.shape[:-1])
         vectors = source_vectors(source, source_mask, features=self.config.source_width, dtype=self.config.dtype)
-        x, extras = self.encoder.run(
-            self.source_proj(vectors), mask=mask, return_weights=return_weights, key=key
-        )  # fmt: skip
+        with jax.named_scope("source_proj"):
+            x = self.source_proj(vectors)
+        x, extras = self.encoder.run(x, mask=mask, return_weights=return_weights, key=key)
         logits = self.output_proj(masked_mean(x, source_mask))
         return logits, {f"encoder.{name}": value for name, value in extras.items()}

@@ -2,22 +2,23 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from core.attention import Rules, attention_with_weights, dot_product_attention, merge_heads, split_heads
 from core.cache import KeysValues, KVCache, cached_attention
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.masks import Mask, Offset, causal_or_prefix, combine
 from core.positions import position_ids
 from core.relative import ALiBi, Relative
 from core.rotary import rotary, rotary_settings
-from nnx_impl.layers import Dropout, Linear, Rngs, norm_layer, sharded
+from nnx_impl.layers import Dropout, LayerNorm, Linear, Part, RMSNorm, Rngs, norm_layer, sharded
 from nnx_impl.relative import ShawPositions, TransformerXLPositions
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Part):
     """Attention of x to itself or to a memory (Vaswani et al. 2017, section 3.2.2).
 
     Fewer key/value heads than heads share them in groups (Ainslie et al. 2023). Positions and the window act in
@@ -30,17 +31,21 @@ class MultiHeadAttention(nnx.Module):
         heads, kv_heads, width, value_width = config.num_heads, config.kv_heads, config.head_dim, config.value_width
         self.config = config
         self.dropout = Dropout(config.attention_dropout_rate)
-        self.k_norm = nnx.data(norm_layer(config, width, axes=("head",)) if config.qk_norm else None)
+        self.k_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(
+            norm_layer(config, width, axes=("head",)) if config.qk_norm else None
+        )
         self.k_proj = linear(config.d_model, kv_heads * width, axes=inward, rngs=rngs.fork())
         self.o_proj = linear(heads * value_width, config.d_model, axes=outward, rngs=rngs.fork())
-        self.q_norm = nnx.data(norm_layer(config, width, axes=("head",)) if config.qk_norm else None)
+        self.q_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(
+            norm_layer(config, width, axes=("head",)) if config.qk_norm else None
+        )
         self.q_proj = linear(config.d_model, heads * width, axes=inward, rngs=rngs.fork())
-        self.relative = nnx.data(None)
+        self.relative: ShawPositions | TransformerXLPositions | MaybeNone = nnx.data(None)
         if positions and config.positions == "shaw":
             self.relative = ShawPositions(config, rngs=rngs.fork())
         elif positions and config.positions == "transformer_xl":
             self.relative = TransformerXLPositions(config, rngs=rngs.fork())
-        self.sinks = nnx.data(None)
+        self.sinks: nnx.Param[Array] | MaybeNone = nnx.data(None)
         if config.attention_sinks:
             zeros = jnp.zeros(heads, jnp.dtype(config.param_dtype))
             self.sinks = nnx.Param(zeros, **sharded("heads"))
@@ -81,7 +86,8 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError("a memory is attended to as it is: history and cache go without")
         if cache is not None and (mask is not None or history is not None or return_weights):
             raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
-        q = split_heads(self.q_proj(x), self.config.num_heads)
+        with jax.named_scope("q_proj"):
+            q = split_heads(self.q_proj(x), self.config.num_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         read = x if history is None else jnp.concatenate([history, x], axis=-2)
         k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
@@ -114,12 +120,16 @@ class MultiHeadAttention(nnx.Module):
                     ),
                     None,
                 )
-        return self.o_proj(merge_heads(out)), extra
+        with jax.named_scope("o_proj"):
+            return self.o_proj(merge_heads(out)), extra
 
     def keys_values(self, memory: Float[Array, "*B S D"]) -> KeysValues:
         """The projected keys and values of a memory, to be computed once and read at every step."""
         heads = self.config.kv_heads
-        k, v = split_heads(self.k_proj(memory), heads), split_heads(self.v_proj(memory), heads)
+        with jax.named_scope("k_proj"):
+            k = split_heads(self.k_proj(memory), heads)
+        with jax.named_scope("v_proj"):
+            v = split_heads(self.v_proj(memory), heads)
         return KeysValues(k if self.k_norm is None else self.k_norm(k), v)
 
     def rules(self) -> Rules:

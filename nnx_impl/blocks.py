@@ -3,16 +3,17 @@
 import functools
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from core.cache import KeysValues, KVCache
-from core.config import Activation, TransformerConfig
+from core.config import Activation, MaybeNone, TransformerConfig
 from core.layers import GATED, feed_forward, residual, site_keys
 from core.masks import Mask, Offset
 from core.relative import Relative
 from nnx_impl.attention import MultiHeadAttention
-from nnx_impl.layers import Dropout, Linear, Rngs, call_key, norm_layer
+from nnx_impl.layers import Dropout, LayerNorm, Linear, Part, RMSNorm, Rngs, call_key, norm_layer
 
 
 class FeedForward(nnx.Module):
@@ -23,16 +24,17 @@ class FeedForward(nnx.Module):
         inward, outward = ("embed", "mlp"), ("mlp", "embed")
         self.activation: Activation = config.activation
         self.down_proj = linear(config.d_ff, config.d_model, axes=outward, rngs=rngs.fork())
-        self.gate_proj = nnx.data(None)
+        self.gate_proj: Linear | MaybeNone = nnx.data(None)
         if config.activation in GATED:
             self.gate_proj = linear(config.d_model, config.d_ff, axes=inward, rngs=rngs.fork())
         self.up_proj = linear(config.d_model, config.d_ff, axes=inward, rngs=rngs.fork())
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return feed_forward(x, self.up_proj, self.down_proj, self.gate_proj, activation=self.activation)
 
 
-class EncoderBlock(nnx.Module):
+class EncoderBlock(Part):
     """Self-attention, then feed-forward, each inside a residual."""
 
     def __init__(self, config: TransformerConfig, *, depth_rate: float = 0.0, rngs: nnx.Rngs):
@@ -40,12 +42,12 @@ class EncoderBlock(nnx.Module):
         sandwich = config.norm_order == "sandwich"
         self.attention = MultiHeadAttention(config, rngs=rngs.fork())
         self.attention_norm = norm()
-        self.attention_out_norm = nnx.data(norm() if sandwich else None)
+        self.attention_out_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(norm() if sandwich else None)
         self.config = config
         self.dropout = Dropout(config.dropout_rate, depth_rate=depth_rate)
         self.feed_forward = FeedForward(config, rngs=rngs.fork())
         self.feed_forward_norm = norm()
-        self.feed_forward_out_norm = nnx.data(norm() if sandwich else None)
+        self.feed_forward_out_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(norm() if sandwich else None)
 
     def __call__(
         self, x: Float[Array, "*B S D"], *, mask: Mask | Bool[Array, "..."] | None = None, rngs: Rngs | None = None
@@ -73,12 +75,13 @@ class EncoderBlock(nnx.Module):
         x, weights = wrap(
             x,
             functools.partial(
-                self.attention.run, mask=mask, relative=relative, return_weights=return_weights, rngs=keys[0]
+                jax.named_scope("attention")(self.attention.run), mask=mask, relative=relative,
+                return_weights=return_weights, rngs=keys[0],
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
             dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[1]),
-        )
+        )  # fmt: skip
         x, _ = wrap(
             x,
             lambda x: (self.feed_forward(x), None),
@@ -89,7 +92,7 @@ class EncoderBlock(nnx.Module):
         return x, {} if weights is None else {"attention": weights}
 
 
-class DecoderBlock(nnx.Module):
+class DecoderBlock(Part):
     """Causal self-attention, attention to a memory unless there is none, feed-forward, each inside a residual."""
 
     def __init__(
@@ -99,17 +102,19 @@ class DecoderBlock(nnx.Module):
         sandwich = config.norm_order == "sandwich"
         self.attention = MultiHeadAttention(config, rngs=rngs.fork())
         self.attention_norm = norm()
-        self.attention_out_norm = nnx.data(norm() if sandwich else None)
+        self.attention_out_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(norm() if sandwich else None)
         self.config = config
-        self.cross_attention = nnx.data(None)
+        self.cross_attention: MultiHeadAttention | MaybeNone = nnx.data(None)
         if cross_attention:
             self.cross_attention = MultiHeadAttention(config, positions=False, rngs=rngs.fork())
-        self.cross_attention_norm = nnx.data(norm() if cross_attention else None)
-        self.cross_attention_out_norm = nnx.data(norm() if cross_attention and sandwich else None)
+        self.cross_attention_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(norm() if cross_attention else None)
+        self.cross_attention_out_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(
+            norm() if cross_attention and sandwich else None
+        )
         self.dropout = Dropout(config.dropout_rate, depth_rate=depth_rate)
         self.feed_forward = FeedForward(config, rngs=rngs.fork())
         self.feed_forward_norm = norm()
-        self.feed_forward_out_norm = nnx.data(norm() if sandwich else None)
+        self.feed_forward_out_norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(norm() if sandwich else None)
 
     def __call__(
         self,
@@ -153,20 +158,20 @@ class DecoderBlock(nnx.Module):
         x, extra = wrap(
             x,
             functools.partial(
-                self.attention.run, mask=mask, causal=True, prefix=prefix, relative=relative, history=history,
-                cache=cache, return_weights=return_weights, rngs=keys[0],
+                jax.named_scope("attention")(self.attention.run), mask=mask, causal=True, prefix=prefix,
+                relative=relative, history=history, cache=cache, return_weights=return_weights, rngs=keys[0],
             ),
             norm=self.attention_norm,
             out_norm=self.attention_out_norm,
             dropout=functools.partial(self.dropout, depth_rate=depth_rate, rngs=keys[1]),
         )  # fmt: skip
         cross_extra = None
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
+        if self.cross_attention is not None:
             x, cross_extra = wrap(
                 x,
                 functools.partial(
-                    self.cross_attention.run, memory=memory, mask=memory_mask, return_weights=return_weights,
-                    rngs=keys[2],
+                    jax.named_scope("cross_attention")(self.cross_attention.run), memory=memory, mask=memory_mask,
+                    return_weights=return_weights, rngs=keys[2],
                 ),
                 norm=self.cross_attention_norm,
                 out_norm=self.cross_attention_out_norm,

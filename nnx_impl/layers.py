@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Key, PRNGKeyArray
 
-from core.config import Positions, TransformerConfig, check_rate
+from core.config import MaybeNone, Positions, TransformerConfig, check_rate
 from core.layers import (
     branch_dropout,
     dropout_key,
@@ -43,6 +45,13 @@ def sharded(*axes: str) -> dict[str, Any]:
     return {"out_sharding": axes, "eager_sharding": False}
 
 
+class Part(nnx.Module):
+    """A module inside a model: its repr leaves the configuration to the model's own, which has it once."""
+
+    def __nnx_repr__(self):
+        return (shown for shown in super().__nnx_repr__() if getattr(shown, "key", None) != "config")
+
+
 class Linear(nnx.Module):
     """x kernel + bias: `[*B, in] -> [*B, out]`; kernel `[in, out]`, bias `[out]`."""
 
@@ -52,13 +61,15 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        param_dtype: str = "float32",
+        param_dtype: DTypeLike = "float32",
         axes: tuple[str, str] = ("in", "out"),
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(param_dtype)
         kernel = kernel_init(rngs.params(), (in_features, out_features), dtype)
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype), **sharded(axes[1])) if use_bias else nnx.data(None)
+        self.bias: nnx.Param[Array] | MaybeNone = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features, dtype), **sharded(axes[1]))
         self.kernel = nnx.Param(kernel, **sharded(*axes))
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
@@ -69,7 +80,7 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis; scale `[D]`, bias `[D]`."""
 
     def __init__(
-        self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32", axes: tuple[str] = ("embed",)
+        self, features: int, *, epsilon: float = 1e-6, param_dtype: DTypeLike = "float32", axes: tuple[str] = ("embed",)
     ):
         self.bias = nnx.Param(jnp.zeros(features, jnp.dtype(param_dtype)), **sharded(*axes))
         self.epsilon = epsilon
@@ -83,7 +94,7 @@ class RMSNorm(nnx.Module):
     """Root mean square normalisation over the last axis; scale `[D]`."""
 
     def __init__(
-        self, features: int, *, epsilon: float = 1e-6, param_dtype: str = "float32", axes: tuple[str] = ("embed",)
+        self, features: int, *, epsilon: float = 1e-6, param_dtype: DTypeLike = "float32", axes: tuple[str] = ("embed",)
     ):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(features, jnp.dtype(param_dtype)), **sharded(*axes))
@@ -102,12 +113,13 @@ class Embedding(nnx.Module):
     """Tokens to vectors, times scale; embedding `[V, D]`. Where it is tied, vectors to logits too."""
 
     def __init__(
-        self, vocab_size: int, features: int, *, scale: float = 1.0, param_dtype: str = "float32", rngs: nnx.Rngs
+        self, vocab_size: int, features: int, *, scale: float = 1.0, param_dtype: DTypeLike = "float32", rngs: nnx.Rngs
     ):
         table = embedding_init(rngs.params(), (vocab_size, features), jnp.dtype(param_dtype))
         self.embedding = nnx.Param(table, **sharded("vocab", "embed"))
         self.scale = scale
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
         return embed(tokens, self.embedding[...], scale=self.scale)
 
@@ -119,7 +131,7 @@ class Embedding(nnx.Module):
 class Unembedding(nnx.Module):
     """Vectors to logits over a vocabulary; kernel `[D, V]`."""
 
-    def __init__(self, features: int, vocab_size: int, *, param_dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(self, features: int, vocab_size: int, *, param_dtype: DTypeLike = "float32", rngs: nnx.Rngs):
         kernel = kernel_init(rngs.params(), (features, vocab_size), jnp.dtype(param_dtype))
         self.kernel = nnx.Param(kernel, **sharded("embed", "vocab"))
 
@@ -131,7 +143,7 @@ class PositionEmbedding(nnx.Module):
     """Adds where a token stands; embedding `[max_length, D]` if positions are learned, else nothing to learn."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.data(None)
+        self.embedding: nnx.Param[Array] | MaybeNone = nnx.data(None)
         self.kind: Positions = config.positions
         if config.positions == "learned":
             shape = (config.max_length, config.d_model)

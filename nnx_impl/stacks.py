@@ -9,28 +9,30 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.depth import over_layers
 from core.layers import site_keys
 from core.masks import Mask, Offset, Padding
 from core.positions import position_ids
 from core.relative import extend_history
 from nnx_impl.blocks import DecoderBlock, EncoderBlock
-from nnx_impl.layers import Dropout, PositionEmbedding, Rngs, call_key, norm_layer
+from nnx_impl.layers import Dropout, LayerNorm, Part, PositionEmbedding, RMSNorm, Rngs, call_key, norm_layer
 from nnx_impl.relative import T5Positions
 from nnx_impl.scan import stack
 
 
-class Encoder(nnx.Module):
+class Encoder(Part):
     """A stack of encoder blocks over vectors of any kind: `[*B, S, D] -> [*B, S, D]`."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.blocks = stack(functools.partial(EncoderBlock, config), config, config.num_encoder_layers, rngs=rngs)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
-        self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
+        self.norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(None)
+        if config.norm_order != "post":
+            self.norm = norm_layer(config, config.d_model)
         self.position_embedding = PositionEmbedding(config, rngs=rngs.fork())
-        self.relative = nnx.data(None)
+        self.relative: T5Positions | MaybeNone = nnx.data(None)
         if config.positions == "t5":
             self.relative = T5Positions(config, bidirectional=True, rngs=rngs.fork())
 
@@ -40,6 +42,7 @@ class Encoder(nnx.Module):
         """The memory that a decoder reads; `mask` broadcasts to `[*B, N, S, S]`."""
         return self.run(x, mask=mask, rngs=rngs)[0]
 
+    @jax.named_scope("encoder")
     def run(
         self,
         x: Float[Array, "*B S D"],
@@ -67,7 +70,7 @@ class Encoder(nnx.Module):
         return x if self.norm is None else self.norm(x), extras
 
 
-class Decoder(nnx.Module):
+class Decoder(Part):
     """A stack of decoder blocks over vectors: `[*B, T, D]`, `[*B, S, D] -> [*B, T, D]`."""
 
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = True, rngs: nnx.Rngs):
@@ -75,9 +78,11 @@ class Decoder(nnx.Module):
         self.blocks = stack(block, config, config.num_decoder_layers, rngs=rngs)
         self.config = config
         self.dropout = Dropout(config.stack_dropout_rate)
-        self.norm = nnx.data(None if config.norm_order == "post" else norm_layer(config, config.d_model))
+        self.norm: LayerNorm | RMSNorm | MaybeNone = nnx.data(None)
+        if config.norm_order != "post":
+            self.norm = norm_layer(config, config.d_model)
         self.position_embedding = PositionEmbedding(config, rngs=rngs.fork())
-        self.relative = nnx.data(None)
+        self.relative: T5Positions | MaybeNone = nnx.data(None)
         if config.positions == "t5":
             self.relative = T5Positions(config, bidirectional=False, rngs=rngs.fork())
 
@@ -93,6 +98,7 @@ class Decoder(nnx.Module):
         """The decoder's output; `mask` broadcasts to `[*B, N, T, T]`, `memory_mask` to `[*B, N, T, S]`."""
         return self.run(x, memory, mask=mask, memory_mask=memory_mask, rngs=rngs)[0]
 
+    @jax.named_scope("decoder")
     def run(
         self,
         x: Float[Array, "*B T D"],
@@ -175,6 +181,7 @@ class Decoder(nnx.Module):
         )
         return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32), prefix)
 
+    @jax.named_scope("decoder")
     def step(
         self, x: Float[Array, "*B T D"], cache: DecoderCache, *, count: Integer[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], DecoderCache]:
@@ -190,11 +197,12 @@ class Decoder(nnx.Module):
         relative = None if self.relative is None else self.relative()
         memories: tuple[KeysValues | None, ...] = cache.memory or (None,) * len(self.blocks)
         grown = []
-        for block, slots, memory in zip(self.blocks, cache.attention, memories, strict=True):
-            x, extra = block.run(
-                x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
-                cache=KVCache(slots, cache.length),
-            )  # fmt: skip
+        for i, (block, slots, memory) in enumerate(zip(self.blocks, cache.attention, memories, strict=True)):
+            with jax.named_scope(f"blocks.{i}"):
+                x, extra = block.run(
+                    x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
+                    cache=KVCache(slots, cache.length),
+                )  # fmt: skip
             grown.append(extra["attention"].keys_values)
         length = cache.length + (x.shape[-2] if count is None else count)
         x = x if self.norm is None else self.norm(x)

@@ -1,7 +1,7 @@
 """Training and evaluating a Flax NNX model, in the idiom of the framework."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ Kind = TypeVar("Kind", bound=Model)
 
 
 def loss_fn(
-    model: Model, batch: Batch, rngs: Rngs | None = None, *, label_smoothing: float = 0.0
+    model: Model, batch: Batch, rngs: Rngs | None = None, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, and its metrics. An encoder-only model labels its source, a decoder-only one its inputs.
 
-    A classifier has one label an example, labels and target mask `[*B, 1]`.
+    A classifier has one label an example, labels and target mask `[*B, 1]`. To be differentiated as it is:
+    `nnx.value_and_grad(loss_fn, has_aux=True)(model, batch, rngs, label_smoothing=0.1)`.
     """
     if isinstance(model, Classifier):
         logits = model(batch.source, source_mask=batch.source_mask, rngs=rngs)[..., None, :]
@@ -86,7 +87,7 @@ def eval_step(model: Model, batch: Batch) -> Metrics:
     return loss_fn(evaluation(model), batch)[1]
 
 
-class Trainer:
+class Trainer(Generic[Kind]):
     """A model, its optimizer and its randomness, behind the methods that both frontends share.
 
     A step costs the host what plain `jax.jit` of its arrays does, for they are held flat: reach the model as
@@ -95,7 +96,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model,
+        model: Kind,
         tx: optax.GradientTransformation,
         *,
         seed: int = 0,
@@ -112,7 +113,7 @@ class Trainer:
         self._step = jax.jit(step, donate_argnums=0)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Kind:
         """As it is now."""
         return self._held.modules[0]
 

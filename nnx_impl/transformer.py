@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.cache import DecoderCache
-from core.config import TransformerConfig
+from core.config import MaybeNone, TransformerConfig
 from core.decoding import BOS, prefill, prompt_lengths
 from core.layers import masked_mean, site_keys, source_vectors
 from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
@@ -31,10 +32,10 @@ class Transformer(nnx.Module):
         table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
         self.decoder = Decoder(config, rngs=rngs.fork())
         self.encoder = Encoder(config, rngs=rngs.fork())
-        self.output_proj = nnx.data(None)
+        self.output_proj: Unembedding | MaybeNone = nnx.data(None)
         if config.tie_embeddings == "none":
             self.output_proj = Unembedding(config.d_model, target, param_dtype=config.param_dtype, rngs=rngs.fork())
-        self.source_embedding = nnx.data(None)
+        self.source_embedding: Embedding | MaybeNone = nnx.data(None)
         if config.tie_embeddings != "all":
             self.source_embedding = table(source, config.d_model, rngs=rngs.fork())
         self.target_embedding = table(target, config.d_model, rngs=rngs.fork())
@@ -85,7 +86,7 @@ class Transformer(nnx.Module):
         )  # fmt: skip
         across = pair_segments(target_segments, source_segments)
         x, decoder = self.decoder.run(
-            self.target_embedding(target), memory,
+            self.embed_target(target), memory,
             mask=combine(padding(target_mask, target.shape), segments(target_segments, target.shape)),
             memory_mask=combine(memory_mask, across),
             positions=None if target_segments is None else segment_positions(target_segments),
@@ -117,13 +118,22 @@ class Transformer(nnx.Module):
         self, tokens: Integer[Array, "*B T"], cache: DecoderCache
     ) -> tuple[Float[Array, "*B T V"], DecoderCache]:
         """Logits after each of T more tokens, and the grown cache."""
-        x, cache = self.decoder.step(self.target_embedding(tokens), cache)
+        x, cache = self.decoder.step(self.embed_target(tokens), cache)
         return self.logits(x), cache
 
     def embed_source(self, source: Integer[Array, "*B S"]) -> Float[Array, "*B S D"]:
         """Vectors of the source tokens, from the joint table if there is one."""
-        return self.target_embedding(source) if self.source_embedding is None else self.source_embedding(source)
+        if self.source_embedding is None:
+            return self.embed_target(source)
+        with jax.named_scope("source_embedding"):
+            return self.source_embedding(source)
 
+    @jax.named_scope("target_embedding")
+    def embed_target(self, target: Integer[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Vectors of the target tokens."""
+        return self.target_embedding(target)
+
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
         """Over the target vocabulary, by the tied table or by a projection of its own."""
         return self.target_embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -138,7 +148,7 @@ class EncoderOnlyTransformer(nnx.Module):
         table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
         self.embedding = table(vocab, width, rngs=rngs.fork())
         self.encoder = Encoder(config, rngs=rngs.fork())
-        self.output_proj = nnx.data(None)
+        self.output_proj: Unembedding | MaybeNone = nnx.data(None)
         if config.tie_embeddings == "none":
             self.output_proj = Unembedding(width, vocab, param_dtype=config.param_dtype, rngs=rngs.fork())
 
@@ -175,6 +185,7 @@ class EncoderOnlyTransformer(nnx.Module):
         )  # fmt: skip
         return self.logits(x) if project else x, {f"encoder.{name}": value for name, value in extras.items()}
 
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S V"]:
         """Over the source vocabulary, by the tied table or by a projection of its own."""
         return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -189,7 +200,7 @@ class DecoderOnlyTransformer(nnx.Module):
         self.decoder = Decoder(config, cross_attention=False, rngs=rngs.fork())
         table = functools.partial(Embedding, scale=config.embedding_scale, param_dtype=config.param_dtype)
         self.embedding = table(vocab, width, rngs=rngs.fork())
-        self.output_proj = nnx.data(None)
+        self.output_proj: Unembedding | MaybeNone = nnx.data(None)
         if config.tie_embeddings == "none":
             self.output_proj = Unembedding(width, vocab, param_dtype=config.param_dtype, rngs=rngs.fork())
 
@@ -270,6 +281,7 @@ class DecoderOnlyTransformer(nnx.Module):
         x, cache = self.decoder.step(self.embedding(tokens), cache)
         return self.logits(x), cache
 
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
         """Over the target vocabulary, by the tied table or by a projection of its own."""
         return self.embedding.attend(x) if self.output_proj is None else self.output_proj(x)
@@ -316,8 +328,8 @@ class Classifier(nnx.Module):
         """The same, and if asked for every attention's weights by the name of its module."""
         mask = padding(source_mask, source.shape[:-1])
         vectors = source_vectors(source, source_mask, features=self.config.source_width, dtype=self.config.dtype)
-        x, extras = self.encoder.run(
-            self.source_proj(vectors), mask=mask, return_weights=return_weights, rngs=rngs
-        )  # fmt: skip
+        with jax.named_scope("source_proj"):
+            x = self.source_proj(vectors)
+        x, extras = self.encoder.run(x, mask=mask, return_weights=return_weights, rngs=rngs)
         logits = self.output_proj(masked_mean(x, source_mask))
         return logits, {f"encoder.{name}": value for name, value in extras.items()}

@@ -35,6 +35,13 @@ LEARNED_DISTANCES = {
 }  # fmt: skip
 """The same with relative positions that are learned, and with all other parameters that a choice adds."""
 
+MODULES = (
+    "source_embedding/embedding", "target_embedding/embedding", "encoder/blocks.0/attention/k_proj",
+    "decoder/blocks.0/cross_attention/q_proj", "decoder/blocks.0/attention/o_proj",
+    "decoder/blocks.0/feed_forward/down_proj", "logits",
+)  # fmt: skip
+"""Places in the program of an encoder-decoder, as profiles and HLO name them."""
+
 
 def random_weights(config: TransformerConfig, seed: int, *, model_class: str = "Transformer") -> dict[str, Array]:
     """Distinct random numbers for every parameter, biases and scales too, so that no term is missing by chance."""

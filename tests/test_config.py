@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,6 +55,8 @@ BAD = [
       for name in ("activation", "norm", "norm_order", "positions", "tie_embeddings", "dtype", "param_dtype",
                    "rotary_layout", "rotary_scaling", "remat_keeps")
       for value in ("other", None, 1, True)],
+    *[({"attention_implementation": value}, f"attention_implementation must be one of .*, got {value!r}")
+      for value in ("other", 1, True)],
     ({"d_model": 10, "num_heads": 4}, "d_model must be a multiple of num_heads, got d_model=10, num_heads=4"),
     ({"num_heads": 8, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=8"),
     ({"num_heads": 8, "num_kv_heads": 16}, "num_heads must be a multiple of num_kv_heads.*num_kv_heads=16"),
@@ -136,6 +139,23 @@ def test_what_was_invented_later_is_off_unless_asked_for():
 def test_the_last_valid_value_is_valid(fields):
     config = TransformerConfig(**fields)
     assert TransformerConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "given", [jnp.bfloat16, jnp.dtype("bfloat16"), jnp.zeros(1, "bfloat16").dtype, "bfloat16"], ids=repr
+)
+def test_a_dtype_may_come_as_jax_writes_it_and_is_kept_by_name(given):
+    config = TransformerConfig(dtype=given, param_dtype=given)
+    named = TransformerConfig(dtype="bfloat16", param_dtype="bfloat16")
+    assert type(config.dtype) is type(config.param_dtype) is str
+    assert (config, hash(config), config.to_json()) == (named, hash(named), named.to_json())
+    assert TransformerConfig().replace(dtype=given).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("given", [jnp.int32, jnp.float8_e4m3fn, np.dtype(complex), bool, "bf16"], ids=repr)
+def test_a_dtype_that_no_model_computes_in_is_refused(given):
+    with pytest.raises(ValueError, match=r"^dtype must be one of \('float32', 'bfloat16', .*, got "):
+        TransformerConfig(dtype=given)
 
 
 def test_fields_are_given_by_name():

@@ -11,7 +11,7 @@ import pytest
 
 import equinox_impl
 from equinox_impl import LayerNorm, Linear, Transformer, evaluation
-from tests.frontends import CONFIG, LEARNED_DISTANCES, random_batch, same_bits
+from tests.frontends import CONFIG, LEARNED_DISTANCES, MODULES, random_batch, same_bits
 
 BATCH = random_batch(CONFIG, 0)
 
@@ -209,3 +209,55 @@ def test_abstract_models_cost_no_memory():
     abstract = eqx.filter_eval_shape(lambda: Transformer(CONFIG, key=jax.random.key(0)))
     assert isinstance(abstract.target_embedding.embedding, jax.ShapeDtypeStruct)
     assert abstract.target_embedding.embedding.dtype == jnp.float32
+
+
+def test_the_loss_is_differentiated_as_it_is():
+    made, key = model(), jax.random.key(3)
+    gradients = eqx.filter_value_and_grad(equinox_impl.loss_fn, has_aux=True)
+    (loss, metrics), grads = eqx.filter_jit(gradients)(made, BATCH, key)
+    assert loss == metrics.loss
+    assert jax.tree.leaves(grads)
+    (smoothed, _), _ = gradients(made, BATCH, key=key, label_smoothing=0.5)
+    np.testing.assert_allclose(smoothed, equinox_impl.loss_fn(made, BATCH, key, label_smoothing=0.5)[0], rtol=1e-6)
+    assert smoothed != loss
+
+
+def test_a_model_shows_its_configuration_once():
+    made = model()
+    assert repr(made).count("TransformerConfig(") == 1
+    assert repr(made).count("MultiHeadAttention(") == repr(made).count("sinks=") == 3  # all else is there
+    assert eqx.tree_pformat(made).count("TransformerConfig(") == 1
+    assert jax.tree.structure(made) == jax.tree.structure(model())
+
+
+def test_an_ensemble_is_called_by_vmap_and_says_so(untyped):
+    members = eqx.filter_vmap(lambda key: Transformer(CONFIG, key=key))(jax.random.split(jax.random.key(0), 3))
+    message = r"^embedding must be \[V, D\], got \(3, 11, 8\) in source_embedding\.embedding; .*eqx\.filter_vmap"
+    with pytest.raises(ValueError, match=message):
+        evaluation(members)(BATCH.source, BATCH.inputs)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad, lambda f: jax.grad(jax.checkpoint(f))])
+def test_a_parameter_of_another_shape_is_named_by_its_place(transform, untyped):
+    made = evaluation(model())
+    made = eqx.tree_at(lambda m: m.decoder.blocks[0].cross_attention.q_proj.kernel, made, jnp.ones((7, 8)))
+    run = lambda scale: scale * made(BATCH.source, BATCH.inputs).sum()
+    message = r"as wide as kernel \(7, 8\) in decoder\.blocks\.0\.cross_attention\.q_proj, got \(2, 4, 8\)"
+    with pytest.raises(ValueError, match=message):
+        transform(run)(1.0)
+
+
+def test_a_model_computes_in_the_dtype_of_its_configuration_however_it_is_cast():
+    made = evaluation(model())
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, made)
+    with jax.numpy_dtype_promotion("standard"):
+        assert cast.encode(BATCH.source).dtype == jnp.float32
+        narrow = equinox_impl.from_weights(CONFIG.replace(dtype=jnp.bfloat16), equinox_impl.to_weights(made))
+        assert evaluation(narrow).encode(BATCH.source).dtype == jnp.bfloat16
+
+
+def test_profiles_name_each_module():
+    made = evaluation(model())
+    text = jax.jit(lambda source: made(source, BATCH.inputs)).lower(BATCH.source).as_text(debug_info=True)
+    for place in MODULES:
+        assert f"/{place}/" in text, place

@@ -1,7 +1,11 @@
 """Each part installs and works in a clean environment that has only its own extra."""
 
+import json
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -41,9 +45,39 @@ def installed(extra, folder):
 )
 def test_a_frontend_installs_without_the_other_framework(extra, package, other, tmp_path):
     code = WORKS.format(package=package, other=other)
-    command = [installed(extra, tmp_path) / "python", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    python = installed(extra, tmp_path) / "python"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "(1, 4)\n", done.stderr
+    user = tmp_path / "user"
+    user.mkdir()
+    shutil.copy(ROOT / f"tests/users/{extra}_user.py", user)
+    subprocess.run([python, f"{extra}_user.py"], cwd=user, check=True, capture_output=True)
+    (user / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
+    checker = [
+        Path(sys.executable).with_name("basedpyright"),
+        "--outputjson",
+        "--pythonpath",
+        python,
+        "--project",
+        user,
+    ]
+    found = json.loads(subprocess.run(checker, capture_output=True, text=True, check=False).stdout)
+    assert found["summary"]["filesAnalyzed"] == 1
+    assert found["generalDiagnostics"] == []
+
+
+@pytest.mark.install
+def test_a_wheel_holds_what_the_packages_need_and_no_tests(tmp_path):
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "source"], check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "source"]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packages = {name.partition("/")[0] for name in names} - {wheel.name.rpartition("-py3")[0] + ".dist-info"}
+    assert packages == {"core", "nnx_impl", "equinox_impl", "seq2seq", "bench", "conformance"}
+    assert {f"{package}/py.typed" for package in packages} <= names
+    tracked = subprocess.run(["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert names >= set(tracked.stdout.split())
 
 
 @pytest.mark.install

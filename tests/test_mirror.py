@@ -26,7 +26,7 @@ ONE_SIDED = {
     "dropout",
     "tx",
 }  # NNX parameters name their axes, its streams rest in evaluation, its optimizer has tx
-NNX_ONLY_NAMES = {"Rngs", "call_key", "sharded", "stream_key", "Dropout.set_view", "train_step.update"}
+NNX_ONLY_NAMES = {"Part", "Rngs", "call_key", "sharded", "stream_key", "Dropout.set_view", "train_step.update"}
 # in Equinox every layer takes a key, so that layers can be put in a row whatever they are
 KEYLESS = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Unembedding", "PositionEmbedding", "FeedForward")
 

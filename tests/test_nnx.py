@@ -1,5 +1,7 @@
 """What an NNX expert relies on, in graph mode and in tree mode."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from flax import nnx
 import nnx_impl
 from nnx_impl import Transformer, evaluation
 from tests.conftest import ROOT
-from tests.frontends import CONFIG, LEARNED_DISTANCES, random_batch, same_bits
+from tests.frontends import CONFIG, LEARNED_DISTANCES, MODULES, random_batch, same_bits
 
 BATCH = random_batch(CONFIG, 0)
 
@@ -240,3 +242,55 @@ assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 4)}, k
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_loss_is_differentiated_as_it_is():
+    made, key = model(), jax.random.key(3)
+    gradients = nnx.value_and_grad(nnx_impl.loss_fn, has_aux=True)
+    (loss, metrics), grads = nnx.jit(gradients)(made, BATCH, key)
+    assert loss == metrics.loss
+    assert jax.tree.leaves(grads)
+    (smoothed, _), _ = gradients(made, BATCH, rngs=key, label_smoothing=0.5)
+    np.testing.assert_allclose(smoothed, nnx_impl.loss_fn(made, BATCH, key, label_smoothing=0.5)[0], rtol=1e-6)
+    assert smoothed != loss
+
+
+def test_a_model_shows_its_configuration_once():
+    made = model()
+    assert repr(made).count("TransformerConfig(") == 1
+    assert repr(made).count("MultiHeadAttention(") == repr(made).count("sinks=") == 3  # all else is there
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        nnx.display(made)
+    assert "cross_attention" in shown.getvalue()
+
+
+def test_an_ensemble_is_called_by_vmap_and_says_so(untyped):
+    members = nnx.vmap(lambda rngs: Transformer(CONFIG, rngs=rngs))(nnx.Rngs(0).split(3))
+    message = r"^embedding must be \[V, D\], got \(3, 11, 8\) in source_embedding\.embedding; .*nnx\.vmap"
+    with pytest.raises(ValueError, match=message):
+        evaluation(members)(BATCH.source, BATCH.inputs)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad, lambda f: jax.grad(jax.checkpoint(f))])
+def test_a_parameter_of_another_shape_is_named_by_its_place(transform, untyped):
+    made = evaluation(model())
+    made.decoder.blocks[0].cross_attention.q_proj.kernel = nnx.Param(jnp.ones((7, 8)))
+    run = lambda scale: scale * made(BATCH.source, BATCH.inputs).sum()
+    message = r"as wide as kernel \(7, 8\) in decoder\.blocks\.0\.cross_attention\.q_proj, got \(2, 4, 8\)"
+    with pytest.raises(ValueError, match=message):
+        transform(run)(1.0)
+
+
+def test_a_model_computes_in_the_dtype_of_its_configuration_however_it_is_cast():
+    made = evaluation(model())
+    cast = nnx.merge(nnx.graphdef(made), jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(made)))
+    with jax.numpy_dtype_promotion("standard"):
+        assert cast.encode(BATCH.source).dtype == jnp.float32
+        narrow = nnx_impl.from_weights(CONFIG.replace(dtype=jnp.bfloat16), nnx_impl.to_weights(made))
+        assert evaluation(narrow).encode(BATCH.source).dtype == jnp.bfloat16
+
+
+def test_profiles_name_each_module():
+    text = jax.jit(lambda model: evaluation(model)(BATCH.source, BATCH.inputs)).lower(model()).as_text(debug_info=True)
+    for place in MODULES:
+        assert f"/{place}/" in text, place

@@ -56,13 +56,6 @@ def parameters_are_narrow_too(batches: Batches):
 
 
 @mistake()
-def the_dtype_is_given_as_to_nnx_layers(batches: Batches):
-    """dtype=jnp.bfloat16, as nnx.Linear takes it."""
-    narrow: Any = jnp.bfloat16
-    recipe(batches, config=lambda: CONFIG.replace(dtype=narrow))
-
-
-@mistake()
 def the_params_are_cast_and_the_config_is_not(batches: Batches):
     """The state is cast to bfloat16: the blocks go on in the dtype of the configuration."""
 
