@@ -55,6 +55,7 @@ def beam_search(
     eos_id: int = EOS,
     pad_id: int = PAD,
     select: Callable[[Any, Integer[Array, "*B W"]], Any] | None = None,
+    spread: Callable[[Any, int], Any] | None = None,
 ) -> Hypotheses:
     """The n best of what W = beam_size slots hold in the end, by log P / ((5 + length) / 6)^a, a = length_penalty.
 
@@ -63,13 +64,15 @@ def beam_search(
     slots for all it is exhaustive. It stops when no hypothesis that goes on could still come among the n best.
 
     `tokens` `[*B]` and `cache` are those of one hypothesis a row, every leaf of the cache with the axes *B first;
-    `select(cache, parents)` makes slot i of each row go on from what slot parents[i] held. A repetition penalty changes
+    `select(cache, parents)` makes slot i of each row go on from what slot parents[i] held, `spread(cache, W)` makes W
+    slots of each row to begin with; by default both copy all leaves. A repetition penalty changes
     the log probabilities, other constraints only what may be chosen. Logits of NaN give tokens -1 and scores NaN.
     """
     check_beams(Beams(beam_size, n_best, length_penalty))
     check_max_length(max_length)
     batch, beams, rank = tokens.shape, (*tokens.shape, beam_size), tokens.ndim
     select = select or (lambda cache, parents: jax.tree.map(lambda x: _take(x, parents, rank), cache))
+    spread = spread or (lambda cache, size: jax.tree.map(lambda x: _spread(x, rank, size), cache))
     forced = None if forced is None else jnp.expand_dims(jnp.broadcast_to(forced, (*batch, forced.shape[-1])), -2)
     forced = None if forced is None else jnp.broadcast_to(forced, (*beams, forced.shape[-1]))
 
@@ -118,7 +121,7 @@ def beam_search(
         length=jnp.zeros(beams, jnp.int32),
         ended=jnp.zeros(beams, bool),
         failed=jnp.zeros(batch, bool),
-        cache=jax.tree.map(lambda x: _spread(x, rank, beam_size), cache),
+        cache=spread(cache, beam_size),
     )
     end = jax.lax.while_loop(unfinished, extend, start) if max_length else start
     complete = end.ended | (end.position == max_length)

@@ -17,6 +17,7 @@ Aux = TypeVar("Aux")
 
 GATED = ("glu", "geglu", "swiglu", "reglu")
 """Activations that have a gate projection."""
+_FEW_ROWS = 16  # docs/performance.md has the measurement
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -160,6 +161,16 @@ def known_values(x: Array) -> np.ndarray | None:
 def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
     return _product(x, kernel, wide_dtype(x))
+
+
+def attend(x: Float[Array, "*B D"], embedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """`unembed` by a tied table. For a few single tokens it is table x^T, which reads the table as it lies."""
+    rows = math.prod(x.shape[:-1])
+    if x.ndim < 2 or x.shape[-2] != 1 or not 0 < rows <= _FEW_ROWS:
+        return unembed(x, embedding.T)
+    logits = jnp.matmul(embedding.astype(x.dtype), x.reshape(rows, x.shape[-1]).T, preferred_element_type=wide_dtype(x))
+    # without the barrier XLA makes the other product of it again
+    return jax.lax.optimization_barrier(logits).T.reshape(*x.shape[:-1], embedding.shape[0])
 
 
 def source_vectors(

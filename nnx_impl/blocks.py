@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from core.cache import KeysValues, KVCache
+from core.cache import KeysValues, KVCache, Slots
 from core.config import Activation, TransformerConfig
 from core.layers import GATED, feed_forward, residual, site_keys
 from core.masks import Mask, Offset
@@ -114,7 +114,7 @@ class DecoderBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,
@@ -126,7 +126,7 @@ class DecoderBlock(nnx.Module):
     def run(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,
