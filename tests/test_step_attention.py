@@ -96,7 +96,9 @@ def test_what_is_not_finite_reaches_those_alone_that_may_see_it(owned, seed, jun
     clean = np.asarray(step(*map(jnp.asarray, (q, k, v)), **rules, **more))
     out = np.asarray(step(*map(jnp.asarray, (q, foul["k"], foul["v"])), **rules, **more))
     met = (owners[..., 3] == 1) & (offset >= 3)
-    np.testing.assert_array_equal(out[~met], clean[~met])
+    beside = np.full(met.shape, True) if owned else met  # a beam's products are with the slots of its whole row
+    np.testing.assert_array_equal(out[~beside], clean[~beside])
+    np.testing.assert_allclose(out[~met], clean[~met], rtol=0, atol=2e-6)
     if into == "v" or np.isnan(junk):
         assert np.isnan(out[met]).all()
 
