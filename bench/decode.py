@@ -26,7 +26,7 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 LENGTH = 64  # tokens of a target, and of the longest source
 BATCHES, BEAMS = (1, 16, 64), (1, 4)  # one beam is greedy decoding
-ROUNDS = 9
+ROUNDS, SECONDS = range(3, 10), 30.0  # at least 3 of each, at most 9, within these seconds where 3 are done
 OURS = {"isoformer, NNX": nnx_impl, "isoformer, Equinox": equinox_impl}
 PEERS = {"CTranslate2": "ctranslate2", "Marian": "transformers"}
 """Their packages."""
@@ -68,7 +68,7 @@ def decode_speeds(*, threads: int) -> list[Speed]:
     return [speed for beams in BEAMS for batch in BATCHES for speed in speeds(batch, beams, threads=threads)]
 
 
-def speeds(batch: int, beam_size: int, *, threads: int, rounds: int = ROUNDS) -> list[Speed]:
+def speeds(batch: int, beam_size: int, *, threads: int, rounds: range = ROUNDS) -> list[Speed]:
     """Of all that are here, in an order drawn anew for each round; AssertionError unless their tokens are the same."""
     source, lengths = sources(batch)
     decoders = _decoders(threads)
@@ -78,8 +78,10 @@ def speeds(batch: int, beam_size: int, *, threads: int, rounds: int = ROUNDS) ->
         wanted = found if wanted is None else wanted
         np.testing.assert_array_equal(found, wanted, err_msg=f"{name}, batch {batch}, {beam_size} beams")
     samples: dict[str, list[float]] = {name: [] for name in decoders}
-    order = random.Random(0)
-    for _ in range(rounds):
+    order, end = random.Random(0), time.perf_counter() + SECONDS
+    for done in range(rounds.stop - 1):
+        if done >= rounds.start and time.perf_counter() > end:
+            break
         for name in order.sample(list(decoders), len(decoders)):
             start = time.perf_counter()
             decoders[name](source, lengths, beam_size)
