@@ -5,6 +5,7 @@ sinusoidal positions is given to both, for theirs holds the same columns in anot
 """
 
 import importlib
+import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 from core.config import TransformerConfig
 from core.decoding import BOS, EOS, PAD
 from core.positions import sinusoidal_table
-from seq2seq.machine import installed
 
 Weights = Mapping[str, np.ndarray]
 Decode = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -27,7 +27,7 @@ def peers(config: TransformerConfig, weights: Weights, *, max_length: int, threa
     return {
         name: make(config, weights, max_length, threads)
         for name, (make, package) in build.items()
-        if installed(package)
+        if importlib.util.find_spec(package)
     }
 
 

@@ -1,7 +1,6 @@
 """What a figure or a run depends on beside the code: the machine, and the versions of packages."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 
@@ -14,8 +13,3 @@ def machine() -> dict[str, str | int]:
 def versions(*packages: str) -> dict[str, str]:
     """Of installed packages, by name."""
     return {name: importlib.metadata.version(name) for name in packages}
-
-
-def installed(package: str) -> bool:
-    """Whether it can be imported; without importing it."""
-    return importlib.util.find_spec(package) is not None
