@@ -78,6 +78,15 @@ def dispatch(layers: Layers = None, rounds: Rounds = None, json: Json = None) ->
     _show(tables(found), found, json)
 
 
+@app.command()
+def decode(rounds: Rounds = None, json: Json = None) -> None:
+    """Tokens a second, greedy and by beams, beside CTranslate2 and Marian with the same weights and outputs."""
+    from bench.decode import ROUNDS, decode_speeds, tables
+
+    found = decode_speeds(rounds=rounds or ROUNDS)
+    _show(tables(found), found, json)
+
+
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def recipes(context: typer.Context) -> None:
     """What the recipes take, and what came of their mistakes."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from seq2seq.machine import machine, versions
 
-PACKAGES = ("jax", "jaxlib", "flax", "equinox", "optax", "numpy", "torch", "hypothesis")
+PACKAGES = ("jax", "jaxlib", "flax", "equinox", "optax", "numpy", "torch", "hypothesis", "ctranslate2", "transformers")
 
 
 class Kept(NamedTuple):

@@ -113,7 +113,7 @@ def attention_with_weights(
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
     weights = _weights(q, k, grid, allowed, rules)
     dropped = dropout(weights, dropout_rate, key=dropout_key)
-    out = _isolated_values(dropped, v, allowed)
+    out = isolated_values(dropped, v, allowed)
     if (relative := rules.get("relative")) is not None and (values := relative.values(dropped, grid)) is not None:
         out = out + values.astype(out.dtype)
     return out, weights
@@ -128,7 +128,15 @@ def attention_weights(
 
 
 def _weights(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> Array:
-    logits = attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
+    return softmax_weights(
+        attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules), allowed, rules
+    )
+
+
+def softmax_weights(
+    logits: Float[Array, "*B N T S"], allowed: Bool[Array, "..."] | None, rules: Rules
+) -> Float[Array, "*B N T S"]:
+    """Their softmax over the allowed keys and the sinks; a row without any is exactly 0."""
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     sinks = rules.get("sinks")
@@ -148,7 +156,9 @@ def _softmax(logits: Float[Array, "*B N T S"], sinks: Float[Array, "..."] | None
     return exponentials / jnp.where(total == 0.0, 1.0, total)
 
 
-def _isolated_values(weights: Array, v: Array, allowed: Array | None) -> Array:
+def isolated_values(
+    weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"], allowed: Bool[Array, "..."] | None
+) -> Float[Array, "*B T N Hv"]:
     """`weighted_values`, where NaN or Inf in a value makes NaN of the queries that may see it and of no other."""
     if allowed is None:
         return weighted_values(weights, v)

@@ -12,6 +12,8 @@ from core.constraints import FREE, Constraints, forbid, penalised
 from core.decoding import EOS, PAD, Step, check_max_length
 from core.layers import wide_dtype
 
+_BLOCK = 64
+
 
 class Hypotheses(NamedTuple):
     """What a search has found for each row, best first."""
@@ -55,6 +57,7 @@ def beam_search(
     eos_id: int = EOS,
     pad_id: int = PAD,
     select: Callable[[Any, Integer[Array, "*B W"]], Any] | None = None,
+    spread: Callable[[Any, int], Any] | None = None,
 ) -> Hypotheses:
     """The n best of what W = beam_size slots hold in the end, by log P / ((5 + length) / 6)^a, a = length_penalty.
 
@@ -63,13 +66,15 @@ def beam_search(
     slots for all it is exhaustive. It stops when no hypothesis that goes on could still come among the n best.
 
     `tokens` `[*B]` and `cache` are those of one hypothesis a row, every leaf of the cache with the axes *B first;
-    `select(cache, parents)` makes slot i of each row go on from what slot parents[i] held. A repetition penalty changes
+    `select(cache, parents)` makes slot i of each row go on from what slot parents[i] held, `spread(cache, W)` makes W
+    slots of each row to begin with; by default both copy all leaves. A repetition penalty changes
     the log probabilities, other constraints only what may be chosen. Logits of NaN give tokens -1 and scores NaN.
     """
     check_beams(Beams(beam_size, n_best, length_penalty))
     check_max_length(max_length)
     batch, beams, rank = tokens.shape, (*tokens.shape, beam_size), tokens.ndim
     select = select or (lambda cache, parents: jax.tree.map(lambda x: _take(x, parents, rank), cache))
+    spread = spread or (lambda cache, size: jax.tree.map(lambda x: _spread(x, rank, size), cache))
     forced = None if forced is None else jnp.expand_dims(jnp.broadcast_to(forced, (*batch, forced.shape[-1])), -2)
     forced = None if forced is None else jnp.broadcast_to(forced, (*beams, forced.shape[-1]))
 
@@ -96,7 +101,7 @@ def beam_search(
         extended = state.log_prob[..., None] + jax.nn.log_softmax(logits).astype(state.log_prob.dtype)
         extended = jnp.where(going[..., None] & ~jnp.isnan(extended), extended, -jnp.inf)
         extended = forbid(extended, state.tokens, state.position, constraints, eos_id=eos_id, forced=forced)
-        best, place = jax.lax.top_k(extended.reshape(*batch, beam_size * vocab), beam_size)
+        best, place = highest(extended.reshape(*batch, beam_size * vocab), beam_size)
 
         turn = jnp.cumsum(~state.ended, axis=-1, dtype=jnp.int32) - 1  # of the slots that are free
         place = jnp.take_along_axis(place, turn, axis=-1)
@@ -118,7 +123,7 @@ def beam_search(
         length=jnp.zeros(beams, jnp.int32),
         ended=jnp.zeros(beams, bool),
         failed=jnp.zeros(batch, bool),
-        cache=jax.tree.map(lambda x: _spread(x, rank, beam_size), cache),
+        cache=spread(cache, beam_size),
     )
     end = jax.lax.while_loop(unfinished, extend, start) if max_length else start
     complete = end.ended | (end.position == max_length)
@@ -142,6 +147,22 @@ def check_beams(beams: Beams) -> None:
         raise ValueError(f"n_best must lie in [1, beam_size {beams.beam_size}], got {beams.n_best}")
     if not math.isfinite(beams.length_penalty):
         raise ValueError(f"length_penalty must be finite, got {beams.length_penalty}")
+
+
+def highest(scores: Float[Array, "*B V"], n: int) -> tuple[Float[Array, "*B n"], Integer[Array, "*B n"]]:
+    """`jax.lax.top_k`, of equals the lowest ids first, by a look at the n best blocks alone; NaN may not be there.
+
+    A score that is among the n best lies in one of the n blocks with the highest scores, of equals the first blocks.
+    """
+    *batch, size = scores.shape
+    width = math.gcd(size, _BLOCK)
+    if size // width <= n or width == 1:
+        best, place = jax.lax.top_k(scores, n)
+        return best, place
+    blocks = scores.reshape(*batch, size // width, width)
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), n)[1], axis=-1)
+    best, place = jax.lax.top_k(_take(blocks, chosen, len(batch)).reshape(*batch, n * width), n)
+    return best, jnp.take_along_axis(chosen, place // width, axis=-1) * width + place % width
 
 
 def _spread(x: Array, rank: int, beam_size: int) -> Array:

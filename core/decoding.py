@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from core.constraints import FREE, Constraints, forbid, penalised
 from core.layers import known_values
-from core.sampling import Sampling, by_row, check_sampling, draw
+from core.sampling import Sampling, by_row, check_sampling, draw, likeliest
 
 Step = Callable[[Integer[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
@@ -36,9 +36,8 @@ def greedy(
     ends when all rows have ended. `forced` says which token must stand where, -1 for any. Logits of NaN (a poisoned
     cache) cannot choose a token: such a row gets -1.
     """
-    likeliest = lambda logits, index: jnp.argmax(logits, axis=-1).astype(jnp.int32)
     rules = {"constraints": constraints, "forced": forced, "eos_id": eos_id, "pad_id": pad_id}
-    return _decode(likeliest, step, tokens, cache, max_length=max_length, **rules)
+    return _decode(lambda logits, index: likeliest(logits), step, tokens, cache, max_length=max_length, **rules)
 
 
 def sample(
@@ -85,7 +84,7 @@ def _decode(
         logits, cache = step(last[..., None], cache)
         logits = penalised(logits[..., 0, :], out, index, constraints)
         chosen = choose(forbid(logits, out, index, constraints, eos_id=eos_id, forced=forced), index)
-        chosen = jnp.where(jnp.isnan(logits).any(axis=-1), -1, chosen)
+        chosen = jnp.where(jnp.isnan(logits.max(axis=-1)), -1, chosen)
         chosen = jnp.where(ended, pad_id, chosen)
         out = jax.lax.dynamic_update_index_in_dim(out, chosen, index, axis=out.ndim - 1)
         return index + 1, chosen, ended | (chosen == eos_id), out, cache

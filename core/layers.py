@@ -20,6 +20,7 @@ Aux = TypeVar("Aux")
 
 GATED = ("glu", "geglu", "swiglu", "reglu")
 """Activations that have a gate projection."""
+_FEW_ROWS = 16  # docs/performance.md has the measurement
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -189,6 +190,16 @@ def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array
     check_parameter("kernel", kernel, "D V", x)
     dtype = wide_dtype(x)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def attend(x: Float[Array, "*B D"], embedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """`unembed` by a tied table. For a few single tokens it is table x^T, which reads the table as it lies."""
+    rows = math.prod(x.shape[:-1])
+    if x.ndim < 2 or x.shape[-2] != 1 or not 0 < rows <= _FEW_ROWS:
+        return unembed(x, embedding.T)
+    logits = jnp.matmul(embedding.astype(x.dtype), x.reshape(rows, x.shape[-1]).T, preferred_element_type=wide_dtype(x))
+    # without the barrier XLA makes the other product of it again
+    return jax.lax.optimization_barrier(logits).T.reshape(*x.shape[:-1], embedding.shape[0])
 
 
 def source_vectors(

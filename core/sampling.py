@@ -52,12 +52,19 @@ def as_arrays(sampling: Sampling) -> Sampling:
 
 def draw(logits: Float[Array, "*B V"], keys: Key[Array, "*B"], sampling: Sampling) -> Int[Array, "*B"]:
     """One token for each row, by its own key: `keys` has the shape *B. Tokens of logit -inf are never drawn."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature = jnp.asarray(sampling.temperature, logits.dtype)
     warm = logits / jnp.where(temperature == 0, 1, temperature)
     warm = jnp.where(kept_tokens(warm, sampling), warm, -jnp.inf)
     drawn = by_row(jax.random.categorical)(keys, warm).astype(jnp.int32)
-    return jnp.where(temperature == 0, likeliest, drawn)
+    return jnp.where(temperature == 0, likeliest(logits), drawn)
+
+
+def likeliest(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """The lowest of the ids of the highest logit; V where there is none for NaN."""
+    # two plain reductions, for those of argmax are done number by number on a CPU
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    highest = logits.max(axis=-1, keepdims=True)
+    return jnp.where(logits == highest, ids, logits.shape[-1]).min(axis=-1)
 
 
 def kept_tokens(logits: Float[Array, "*B V"], sampling: Sampling) -> Bool[Array, "*B V"]:

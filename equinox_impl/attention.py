@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.attention import Rules, attention_with_weights, dot_product_attention, merge_heads, split_heads
-from core.cache import KeysValues, KVCache, cached_attention
+from core.cache import KeysValues, KVCache, Slots, cached_attention, slot_attention
 from core.config import MaybeNone, TransformerConfig
 from core.layers import site_keys
 from core.masks import Mask, Offset, causal_or_prefix, combine
@@ -61,7 +61,7 @@ class MultiHeadAttention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
@@ -73,7 +73,7 @@ class MultiHeadAttention(eqx.Module):
     def run(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         causal: bool = False,
@@ -91,14 +91,19 @@ class MultiHeadAttention(eqx.Module):
         """
         if memory is not None and (history is not None or cache is not None):
             raise ValueError("a memory is attended to as it is: history and cache go without")
+        if isinstance(memory, Slots) and (return_weights or self.dropout.site_key(key) is not None):
+            raise ValueError("a memory in slots is for decoding: weights and dropout go without")
         if cache is not None and (mask is not None or history is not None or return_weights):
             raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
         with jax.named_scope("q_proj"):
             q = split_heads(self.q_proj(x), self.config.num_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         read = x if history is None else jnp.concatenate([history, x], axis=-2)
-        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
         rules = self.rules()
+        if isinstance(memory, Slots):
+            rules["mask"], form = mask, self.config.attention_implementation
+            return self.o_proj(merge_heads(slot_attention(q, memory, implementation=form, **rules))), None
+        k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
         if memory is None:
             before = None if cache is None else cache.length
             rules["q_offset"] = 0 if history is None else history.shape[-2]

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from core.cache import KeysValues, KVCache
+from core.cache import KeysValues, KVCache, Slots
 from core.config import Activation, MaybeNone, TransformerConfig
 from core.layers import GATED, feed_forward, residual, site_keys
 from core.masks import Mask, Offset
@@ -149,7 +149,7 @@ class DecoderBlock(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,
@@ -161,7 +161,7 @@ class DecoderBlock(eqx.Module):
     def run(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,

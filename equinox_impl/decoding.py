@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from core.beam_search import Beams, Hypotheses, check_beams
 from core.beam_search import beam_search as search
-from core.cache import select_beams
+from core.cache import select_beams, spread_beams
 from core.constraints import FREE, Constraints
 from core.decoding import (
     BOS,
@@ -178,7 +178,7 @@ def _search(model, source, source_mask, forced, *, prompt: Prompt, rules: Rules,
     model = evaluation(model)
     tokens, cache = _start(model, source, source_mask, prompt, rules.max_length)
     options = {**rules._asdict(), **beams._asdict()}
-    return search(model.decode_step, tokens, cache, forced=forced, select=select_beams, **options)
+    return search(model.decode_step, tokens, cache, forced=forced, select=select_beams, spread=spread_beams, **options)
 
 
 @eqx.filter_jit

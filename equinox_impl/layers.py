@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from core.config import MaybeNone, Positions, TransformerConfig, check_rate
 from core.layers import (
+    attend,
     branch_dropout,
     dropout_key,
     embed,
@@ -110,7 +111,7 @@ class Embedding(eqx.Module):
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits against every row, not scaled."""
-        return unembed(x, self.embedding.T)
+        return attend(x, self.embedding)
 
 
 class Unembedding(eqx.Module):

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from core.cache import KeysValues, KVCache
+from core.cache import KeysValues, KVCache, Slots
 from core.config import Activation, MaybeNone, TransformerConfig
 from core.layers import GATED, feed_forward, residual, site_keys
 from core.masks import Mask, Offset
@@ -119,7 +119,7 @@ class DecoderBlock(Part):
     def __call__(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,
@@ -131,7 +131,7 @@ class DecoderBlock(Part):
     def run(
         self,
         x: Float[Array, "*B T D"],
-        memory: Float[Array, "*B S D"] | KeysValues | None = None,
+        memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
         memory_mask: Mask | Bool[Array, "..."] | None = None,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer, Key, PRNGKeyArray
 
 from core.config import MaybeNone, Positions, TransformerConfig, check_rate
 from core.layers import (
+    attend,
     branch_dropout,
     dropout_key,
     embed,
@@ -125,7 +126,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits against every row, not scaled."""
-        return unembed(x, self.embedding[...].T)
+        return attend(x, self.embedding[...])
 
 
 class Unembedding(nnx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.cache import DecoderCache, KeysValues, KVCache, empty_keys_values
+from core.cache import DecoderCache, KVCache, Slots, as_slots, empty_slots
 from core.config import MaybeNone, TransformerConfig
 from core.depth import over_layers
 from core.layers import site_keys
@@ -170,13 +170,15 @@ class Decoder(Part):
                 "generate less or raise max_length in the configuration"
             )
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        empty = functools.partial(empty_keys_values, batch, capacity, config.kv_heads, config.head_dim, dtype)
+        empty = functools.partial(empty_slots, batch, capacity, config.kv_heads, config.head_dim, dtype)
         slots = [empty(value_width=config.value_width) for _ in self.blocks]
         projected = (
             ()
             if memory is None
             else tuple(
-                block.cross_attention.keys_values(memory) for block in self.blocks if block.cross_attention is not None
+                as_slots(block.cross_attention.keys_values(memory))
+                for block in self.blocks
+                if block.cross_attention is not None
             )
         )
         return DecoderCache(tuple(slots), projected, memory_mask, jnp.zeros(batch, jnp.int32), prefix)
@@ -195,15 +197,15 @@ class Decoder(Part):
         x = x.astype(jnp.dtype(self.config.dtype))
         x = self.position_embedding(x, positions=position_ids(x, cache.length))
         relative = None if self.relative is None else self.relative()
-        memories: tuple[KeysValues | None, ...] = cache.memory or (None,) * len(self.blocks)
+        memories: tuple[Slots | None, ...] = cache.memory or (None,) * len(self.blocks)
         grown = []
         for i, (block, slots, memory) in enumerate(zip(self.blocks, cache.attention, memories, strict=True)):
             with jax.named_scope(f"blocks.{i}"):
                 x, extra = block.run(
                     x, memory, memory_mask=cache.memory_mask, prefix=cache.prefix, relative=relative,
-                    cache=KVCache(slots, cache.length),
+                    cache=KVCache(slots, cache.length, cache.owners),
                 )  # fmt: skip
-            grown.append(extra["attention"].keys_values)
+            grown.append(extra["attention"].slots)
         length = cache.length + (x.shape[-2] if count is None else count)
         x = x if self.norm is None else self.norm(x)
         return x, cache._replace(attention=tuple(grown), length=length)

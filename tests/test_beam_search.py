@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.beam_search import Beams, beam_search, check_beams, penalty
+from core.beam_search import Beams, beam_search, check_beams, highest, penalty
 from core.constraints import Constraints
 from core.decoding import EOS, PAD, greedy
 from tests.strategies import seeds
@@ -151,6 +151,19 @@ def test_a_batch_is_its_rows_one_by_one(seed):
         alone = as_numpy(search(tables[row : row + 1], first[row : row + 1], **options))
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
         np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-6)
+
+
+@few
+@given(batches, seeds, st.sampled_from([4, 24, 64, 130, 192, 640, 641]), st.integers(1, 4))
+def test_the_highest_scores_are_those_of_a_full_sort(batch, seed, size, n):
+    """With ties within blocks and across them, and where few are finite."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, rng.choice([2, 9, 10**6]), (*batch, size)).astype("float32")
+    scores = np.where(rng.random(scores.shape) < rng.choice([0.0, 0.5, 0.99]), -np.inf, scores).astype("float32")
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :n].astype("int32")
+    best, place = jax.jit(highest, static_argnums=1)(scores, n)
+    np.testing.assert_array_equal(place, order, strict=True)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, order, axis=-1), strict=True)
 
 
 def test_ties_go_to_the_lowest_token():

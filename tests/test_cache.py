@@ -15,11 +15,15 @@ from core.cache import (
     DecoderCache,
     KeysValues,
     KVCache,
+    Slots,
     append,
+    as_slots,
     cached_attention,
-    empty_keys_values,
+    empty_slots,
     select_beams,
+    spread_beams,
 )
+from core.masks import Padding
 from core.relative import T5, ALiBi, Shaw, TransformerXL
 from tests.strategies import AttentionShape, qkv, seeds
 
@@ -34,11 +38,16 @@ def filled(shape, capacity, lengths, k, v, junk=0.0):
     """A cache whose row b holds the first lengths[b] tokens of k and v, and junk behind them."""
     used = (np.arange(capacity) < np.asarray(lengths)[..., None])[..., None, None]
     rows = [np.where(used, x[..., :capacity, :, :], np.float32(junk)) for x in (k, v)]
-    return KVCache(KeysValues(*map(jnp.asarray, rows)), jnp.asarray(lengths, jnp.int32))
+    return KVCache(as_slots(KeysValues(*map(jnp.asarray, rows))), jnp.asarray(lengths, jnp.int32))
+
+
+def by_position(cache):
+    """k and v of all slots, `[*B, S, K, H]`."""
+    return [np.asarray(x).swapaxes(-2, -3) for x in cache.slots]
 
 
 def empty(shape, capacity):
-    slots = empty_keys_values(shape.batch, capacity, shape.K, shape.H, jnp.float32)
+    slots = empty_slots(shape.batch, capacity, shape.K, shape.H, jnp.float32)
     return KVCache(slots, jnp.zeros(shape.batch, jnp.int32))
 
 
@@ -61,7 +70,7 @@ def test_chunks_of_any_size_are_full_causal_attention(shape, seed, sizes):
         np.testing.assert_allclose(out, whole[..., start : start + size, :, :], rtol=0, atol=2e-5)
         start += size
     exactly(np.asarray(cache.length), np.full(shape.batch, 6, "int32"))
-    for slots, x in zip(cache.keys_values, arrays[1:], strict=True):
+    for slots, x in zip(by_position(cache), arrays[1:], strict=True):
         exactly(np.asarray(slots), x)
 
 
@@ -92,7 +101,7 @@ def test_every_rule_goes_by_the_position_in_the_cache(name, seed):
         rules, arrays = rules(seed), [np.float64(x) for x in tokens(shape, seed)]
         lengths = np.random.default_rng(seed).integers(0, 5, shape.batch)
         slots = [np.where((np.arange(6) < lengths[..., None])[..., None, None], x, np.nan) for x in arrays[1:]]
-        cache = KVCache(KeysValues(*map(jnp.asarray, slots)), jnp.asarray(lengths, jnp.int32))
+        cache = KVCache(as_slots(KeysValues(*map(jnp.asarray, slots))), jnp.asarray(lengths, jnp.int32))
         out, _ = rules_attend(*chunk(arrays, lengths, 2), cache, **rules)
         wanted = chunk([np.asarray(rules_causal(*arrays, **rules))], lengths, 2)[0]
     np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-12)
@@ -127,7 +136,7 @@ def test_rows_may_hold_different_numbers_of_tokens(shape, seed, size):
     np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
     exactly(np.asarray(cache.length), (lengths + size).astype("int32"))
     used = np.arange(6) < (lengths + size)[..., None]
-    for slots, x in zip(cache.keys_values, arrays[1:], strict=True):
+    for slots, x in zip(by_position(cache), arrays[1:], strict=True):
         exactly(np.asarray(slots)[used], x[used])
         assert (np.asarray(slots)[~used] == 0).all()
 
@@ -141,7 +150,7 @@ def test_what_lies_in_unused_slots_changes_nothing(shape, seed, junk):
     foul, cache = attend(*new, filled(shape, 6, lengths, *arrays[1:], junk=junk))
     exactly(np.asarray(foul), np.asarray(clean))
     unused = np.arange(6) >= (lengths + 2)[..., None]
-    assert not np.isfinite(np.asarray(cache.keys_values.v)[unused]).any() or junk == 1e38
+    assert not np.isfinite(by_position(cache)[1][unused]).any() or junk == 1e38
 
 
 @given(shapes, seeds)
@@ -186,7 +195,7 @@ def test_an_overflow_under_jit_poisons_its_row_for_good_and_no_other(shape, seed
         assert np.isnan(np.asarray(out)[over]).all()
         exactly(np.asarray(out)[~over], np.asarray(fine)[~over])
     assert (np.asarray(cache.length) == lengths + 2 * size).all()
-    exactly(np.asarray(cache.keys_values.k)[over], arrays[1][over])  # nothing is overwritten
+    exactly(by_position(cache)[0][over], arrays[1][over])  # nothing is overwritten
 
 
 @given(seeds)
@@ -203,15 +212,15 @@ def test_rows_of_a_cache_are_independent(seed):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_empty_cache_has_room_for_its_capacity(dtype):
-    slots = empty_keys_values((2, 3), 5, 4, 8, dtype)
-    assert [x.shape for x in slots] == [(2, 3, 5, 4, 8)] * 2
+    slots = empty_slots((2, 3), 5, 4, 8, dtype)
+    assert [x.shape for x in slots] == [(2, 3, 4, 5, 8)] * 2
     assert all(x.dtype == dtype for x in slots)
     assert not any(x.any() for x in slots)
 
 
 def test_values_may_be_of_another_width_than_keys():
-    slots = empty_keys_values((2,), 5, 4, 8, jnp.float32, value_width=3)
-    assert [x.shape for x in slots] == [(2, 5, 4, 8), (2, 5, 4, 3)]
+    slots = empty_slots((2,), 5, 4, 8, jnp.float32, value_width=3)
+    assert [x.shape for x in slots] == [(2, 4, 5, 8), (2, 4, 5, 3)]
 
 
 @given(seeds)
@@ -229,9 +238,9 @@ def test_a_mask_hides_slots_of_the_cache(seed):
 def test_a_step_from_a_cache_has_the_dtype_it_stores():
     shape = SHAPES[0]
     low = [jnp.asarray(x, jnp.bfloat16) for x in chunk(tokens(shape, 0), [0, 0], 2)]
-    slots = empty_keys_values(shape.batch, 6, shape.K, shape.H, jnp.bfloat16)
+    slots = empty_slots(shape.batch, 6, shape.K, shape.H, jnp.bfloat16)
     out, cache = attend(*low, KVCache(slots, jnp.zeros(2, jnp.int32)))
-    assert out.dtype == cache.keys_values.k.dtype == jnp.bfloat16
+    assert out.dtype == cache.slots.k.dtype == jnp.bfloat16
 
 
 def test_an_empty_batch_is_an_empty_batch():
@@ -274,8 +283,8 @@ def test_beams_take_over_what_others_have_seen_but_for_the_memory(batch):
     draw = lambda *shape: jnp.asarray(rng.standard_normal((*beams, *shape)), jnp.float32)
     length, parents = (jnp.asarray(rng.integers(0, 9, beams), jnp.int32) for _ in range(2))
     cache = DecoderCache(
-        (KeysValues(draw(4, 2, 3), draw(4, 2, 5)),),
-        (KeysValues(draw(6, 2, 3), draw(6, 2, 3)),),
+        (Slots(draw(2, 4, 3), draw(2, 4, 5)),),
+        (Slots(draw(2, 6, 3), draw(2, 6, 3)),),
         None,
         length,
         length + 1,
@@ -289,3 +298,40 @@ def test_beams_take_over_what_others_have_seen_but_for_the_memory(batch):
             exactly(np.asarray(got[row]), np.asarray(wanted[other]))
         assert (int(found.length[row]), int(found.prefix[row])) == (int(length[other]), int(length[other]) + 1)
     assert select_beams(cache._replace(prefix=None), parents).prefix is None
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
+def test_beams_that_keep_their_slots_know_whose_slots_hold_their_past(batch):
+    rng, beams = np.random.default_rng(1), (*batch, 3)
+    rows = jnp.asarray(rng.integers(1, 4, batch), jnp.int32)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((*batch, *shape)), jnp.float32)
+    real = Padding(jnp.asarray(rng.random((*batch, 6)) < 0.5))
+    memory = Slots(draw(2, 6, 3), draw(2, 6, 3))
+    cache = spread_beams(DecoderCache((Slots(draw(2, 4, 3), draw(2, 4, 5)),), (memory,), real, rows, rows + 1), 3)
+    itself = np.broadcast_to(np.arange(3)[:, None], (*beams, 4))
+    exactly(np.asarray(cache.owners), itself.astype("int32"))
+    assert cache.memory[0].k.shape == (*batch, 1, 2, 6, 3)
+    assert cache.memory_mask.real.shape == (*batch, 1, 6)
+    exactly(np.asarray(cache.length), np.broadcast_to(np.asarray(rows)[..., None], beams).astype("int32"))
+    first, second = (rng.integers(0, 3, beams).astype("int32") for _ in range(2))
+    found = select_beams(cache, jnp.asarray(first))
+    assert found.attention is cache.attention
+    filled = np.arange(4) < np.asarray(rows)[..., None, None]
+    exactly(np.asarray(found.owners), np.where(filled, first[..., None], itself).astype("int32"))
+    grown = found._replace(length=found.length + 1)  # each beam has written a position of its own
+    found = select_beams(grown, jnp.asarray(second))
+    wanted = np.take_along_axis(np.asarray(grown.owners), second[..., None], axis=-2)
+    exactly(
+        np.asarray(found.owners),
+        np.where(np.arange(4) <= np.asarray(rows)[..., None, None], wanted, itself).astype("int32"),
+    )
+    assert (np.asarray(found.prefix) == np.asarray(rows)[..., None] + 1).all()
+
+
+def test_many_beams_move_their_slots_instead():
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
+    cache = DecoderCache((Slots(draw(2, 1, 4, 3), draw(2, 1, 4, 3)),), (), None, jnp.ones(2, jnp.int32))
+    assert spread_beams(cache, 8).owners is not None
+    many = spread_beams(cache, 9)
+    assert many.owners is None
+    assert many.attention[0].k.shape == (2, 9, 1, 4, 3)

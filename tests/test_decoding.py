@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
-from core.cache import KVCache, cached_attention, empty_keys_values
+from core.cache import KVCache, cached_attention, empty_slots
 from core.constraints import FREE, Constraints
 from core.decoding import (
     BOS,
@@ -167,7 +167,7 @@ def full_logits(embedding, sequence):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def generate_cached(embedding, first, lengths, capacity, steps):
-    cache = KVCache(empty_keys_values(first.shape, capacity, 1, D, jnp.float32), lengths)
+    cache = KVCache(empty_slots(first.shape, capacity, 1, D, jnp.float32), lengths)
     return greedy(attention_step, first, (embedding, cache), max_length=steps, eos_id=-7)
 
 

@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 from core.config import Activation, TransformerConfig
 from core.layers import (
     GATED,
+    attend,
     branch_dropout,
     check_tokens,
     dropout,
@@ -178,6 +179,16 @@ def test_linear_is_a_matrix_and_a_bias(batch, seed):
     x64, kernel64, bias64 = wide(x, kernel, bias)
     np.testing.assert_allclose(linear(x, kernel, bias), x64 @ kernel64 + bias64, atol=1e-5)
     np.testing.assert_allclose(linear(x, kernel), x64 @ kernel64, atol=1e-5)
+
+
+def test_a_tied_table_gives_the_same_logits_by_either_product(x64):
+    """Few single tokens, many, and whole sequences; no token at all."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((7, 4)))
+    for batch in [(1,), (2, 1), (16, 1), (17, 1), (2, 3, 1), (2, 3), (0, 1), ()]:
+        x = jnp.asarray(rng.standard_normal((*batch, 4)))
+        np.testing.assert_allclose(jax.jit(attend)(x, table), np.asarray(x) @ np.asarray(table).T, rtol=0, atol=1e-13)
+        assert attend(x.astype(jnp.bfloat16), table).dtype == jnp.float32
 
 
 @given(leading, seeds)

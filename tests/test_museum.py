@@ -20,7 +20,7 @@ import pytest
 
 from core.attention import attention_weights, dot_product_attention
 from core.beam_search import beam_search
-from core.cache import KeysValues, KVCache, append, cached_attention
+from core.cache import KeysValues, KVCache, append, as_slots, cached_attention
 from core.layers import layer_norm
 from core.losses import cross_entropy
 from core.masks import Causal, Grid, Padding, Window
@@ -114,7 +114,7 @@ def cache_of(length, junk=0.0):
     """Slots for 3 tokens a row, `length` of them filled."""
     filled = (np.arange(3) < np.asarray(length)[:, None])[..., None, None]
     slots = KeysValues(*(jnp.asarray(np.where(filled, x, np.float32(junk))) for x in (K, V)))
-    return KVCache(slots, jnp.asarray(length, jnp.int32))
+    return KVCache(as_slots(slots), jnp.asarray(length, jnp.int32))
 
 
 step = jax.jit(cached_attention)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.decoding import sample
-from core.sampling import Sampling, check_sampling, draw, kept_tokens, row_keys
+from core.sampling import Sampling, check_sampling, draw, kept_tokens, likeliest, row_keys
 from tests.strategies import seeds
 
 V = 7
@@ -50,6 +50,18 @@ def expected(row, *, top_k=None, top_p=None, min_p=None):
     if min_p is not None:
         order = [token for token in order if np.exp(row[token] - max(row)) >= min_p]
     return set(order)
+
+
+@given(batches, seeds)
+def test_the_likeliest_token_is_the_first_of_the_highest(batch, seed):
+    logits = logits_of(batch, seed, tied=True)
+    logits[np.random.default_rng(seed).random(logits.shape) < 0.3] = -np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest)(logits), np.argmax(logits, -1).astype("int32"), strict=True)
+
+
+def test_the_likeliest_of_nothing_is_the_first_and_of_nan_none():
+    logits = np.stack([np.full(V, -np.inf), np.where(np.arange(V) == 3, np.nan, 1.0)]).astype("float32")
+    assert likeliest(jnp.asarray(logits)).tolist() == [0, V]
 
 
 RULES = [

@@ -24,7 +24,7 @@ from conformance.cases import gaussian
 from core import layers, losses, relative, weights
 from core.attention import IMPLEMENTATIONS, dot_product_attention
 from core.blockwise import blockwise_attention
-from core.cache import KVCache, cached_attention, empty_keys_values
+from core.cache import KVCache, cached_attention, empty_slots
 from core.positions import sinusoidal_table
 from core.rotary import rotary
 
@@ -126,7 +126,7 @@ def project(x):
 
 
 def empty(rows, capacity):
-    slots = empty_keys_values((rows,), capacity, KEY_HEADS, WIDTH, jnp.float32)
+    slots = empty_slots((rows,), capacity, KEY_HEADS, WIDTH, jnp.float32)
     return KVCache(slots, jnp.zeros(rows, jnp.int32))
 
 

@@ -1,0 +1,159 @@
+"""Laws of one query's attention: what `dot_product_attention` gives, though nothing is copied first."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.attention import dot_product_attention
+from core.beam_search import beam_search
+from core.cache import KeysValues, as_slots, select_beams, slot_attention, spread_beams
+from core.constraints import Constraints
+from core.masks import Padding
+from core.relative import T5, ALiBi, Shaw, TransformerXL
+from core.step_attention import step_attention
+from tests.frontends import CONFIG, FRONTENDS, random_weights
+from tests.strategies import AttentionShape, qkv, seeds
+
+SHAPE = AttentionShape((2, 3), 1, 6, 4, 2, 2, 3)
+few = settings(max_examples=max(3, settings.default.max_examples // 4))
+step = eqx.filter_jit(step_attention)
+whole = eqx.filter_jit(dot_product_attention)
+
+
+def learned(seed, *shape):
+    return jnp.asarray(np.random.default_rng([seed, 5]).standard_normal(shape))
+
+
+RULES = {
+    "mask": lambda seed: {"mask": jnp.asarray(np.random.default_rng(seed).random((2, 3, 4, 1, 6)) < 0.5)},
+    "bias": lambda seed: {"bias": learned(seed, 2, 3, 4, 1, 6)},
+    "window": lambda seed: {"window": (2, 0)},
+    "capped": lambda seed: {"soft_cap": 1.5, "scale": 0.7, "sinks": learned(seed, 4)},
+    "alibi": lambda seed: {"relative": ALiBi()},
+    "t5": lambda seed: {"relative": T5(learned(seed, 4, 4), bidirectional=False, max_distance=3)},
+    "shaw": lambda seed: {"relative": Shaw(learned(seed, 5, 2), learned(seed + 1, 5, 3))},
+    "transformer_xl": lambda seed: {
+        "relative": TransformerXL(learned(seed, 4, 2), learned(seed + 1, 6, 8), learned(seed + 2, 4, 2))
+    },
+}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+def given_rules(name, seed):
+    """Causal, from another position in each row."""
+    offset = np.random.default_rng([seed, 2]).integers(0, 6, SHAPE.batch).astype("int32")
+    return {"causal": True, "q_offset": jnp.asarray(offset), **RULES[name](seed)}, offset
+
+
+def gathered(x, owners):
+    return np.take_along_axis(x, owners[..., None, None], axis=1)
+
+
+def drawn_owners(seed):
+    """Of each of the 3 beams, whose slots hold what it has at each of 6 positions."""
+    return np.random.default_rng([seed, 3]).integers(0, 3, (2, 3, 6)).astype("int32")
+
+
+@every_rule
+@few
+@given(seed=seeds)
+def test_one_query_gets_what_the_general_form_gives(name, seed):
+    with jax.enable_x64(True):
+        rules, _ = given_rules(name, seed)
+        arrays = [jnp.asarray(x, jnp.float64) for x in qkv(SHAPE, seed)]
+        np.testing.assert_allclose(step(*arrays, **rules), whole(*arrays, **rules), rtol=0, atol=1e-12)
+
+
+@every_rule
+@few
+@given(seed=seeds)
+def test_a_beam_reads_the_slots_that_hold_its_past(name, seed):
+    with jax.enable_x64(True):
+        rules, _ = given_rules(name, seed)
+        q, k, v = (np.float64(x) for x in qkv(SHAPE, seed))
+        owners = drawn_owners(seed)
+        out = step(*map(jnp.asarray, (q, k, v)), owners=jnp.asarray(owners), **rules)
+        wanted = whole(*map(jnp.asarray, (q, gathered(k, owners), gathered(v, owners))), **rules)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@few
+@given(seed=seeds, junk=st.sampled_from([np.nan, np.inf, -np.inf]), into=st.sampled_from(["k", "v"]))
+def test_what_is_not_finite_reaches_those_alone_that_may_see_it(owned, seed, junk, into):
+    rules, offset = given_rules("bias", seed)
+    q, k, v = qkv(SHAPE, seed)
+    foul = {"k": k.copy(), "v": v.copy()}
+    foul[into][:, 1, 3] = junk  # in the slots of one beam, at one position
+    owners = drawn_owners(seed) if owned else np.broadcast_to(np.arange(3, dtype="int32")[:, None], (2, 3, 6))
+    more = {"owners": jnp.asarray(owners)} if owned else {}
+    clean = np.asarray(step(*map(jnp.asarray, (q, k, v)), **rules, **more))
+    out = np.asarray(step(*map(jnp.asarray, (q, foul["k"], foul["v"])), **rules, **more))
+    met = (owners[..., 3] == 1) & (offset >= 3)
+    beside = np.full(met.shape, True) if owned else met  # a beam's products are with the slots of its whole row
+    np.testing.assert_array_equal(out[~beside], clean[~beside])
+    np.testing.assert_allclose(out[~met], clean[~met], rtol=0, atol=2e-6)
+    if into == "v" or np.isnan(junk):
+        assert np.isnan(out[met]).all()
+
+
+def test_a_query_that_may_see_nothing_gets_zero():
+    q, k, v = qkv(SHAPE, 0)
+    v[0] = np.nan
+    out = step(*map(jnp.asarray, (q, k, v)), mask=jnp.zeros((2, 3, 1, 1, 6), bool))
+    assert (np.asarray(out) == 0).all()
+
+
+@few
+@given(seeds)
+def test_beams_may_share_the_slots_of_their_row(seed):
+    q, k, v = qkv(SHAPE, seed)
+    real = np.random.default_rng(seed).random((2, 1, 6)) < 0.7
+    shared = as_slots(KeysValues(jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])))
+    out = jax.jit(slot_attention)(jnp.asarray(q), shared, mask=Padding(jnp.asarray(real)))
+    each = [np.broadcast_to(x[:, :1], x.shape) for x in (k, v)]
+    wanted = whole(*map(jnp.asarray, (q, *each)), mask=Padding(jnp.asarray(np.broadcast_to(real, (2, 3, 6)))))
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-6)
+
+
+def test_shapes_that_do_not_fit_are_refused(untyped):
+    q, k, v = map(jnp.asarray, qkv(SHAPE, 0))
+    with pytest.raises(ValueError, match="must agree in all axes but the last"):
+        step_attention(q, k, v[..., :5, :, :])
+    with pytest.raises(ValueError, match=r"must agree in \*B and H"):
+        step_attention(q[..., :1], k, v)
+
+
+MODELS = {
+    "grouped": {"num_kv_heads": 1, "value_dim": 3},
+    "rotary": {"positions": "rotary", "tie_embeddings": "none"},
+    "transformer_xl": {"positions": "transformer_xl"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("beam_size", [3, 9])
+@pytest.mark.parametrize("name", MODELS)
+def test_beams_that_leave_their_slots_in_place_find_what_beams_that_move_them_find(name, beam_size):
+    """Few and many beams, an encoder-decoder with ragged sources; by default the search copies all leaves."""
+    config, package = CONFIG.replace(target_vocab_size=11, **MODELS[name]), FRONTENDS["equinox"]
+    model = package.evaluation(package.from_weights(config, random_weights(config, 4)))
+    source = jnp.asarray([[3, 4, 5, 6], [7, 8, 0, 0]], jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="in_place")
+    def search(in_place):
+        tokens, cache = model.start(source, source_mask=source != 0, max_length=6)
+        ways = {"select": select_beams, "spread": spread_beams} if in_place else {}
+        rules = {"beam_size": beam_size, "n_best": 3, "constraints": Constraints(no_repeat_ngram=1, min_length=3)}
+        return beam_search(model.decode_step, tokens, cache, max_length=6, **rules, **ways)
+
+    found, wanted = search(True), search(False)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=2e-2 if name == "bfloat16" else 1e-5)
+    assert len(np.unique(np.asarray(found.tokens))) > 5
