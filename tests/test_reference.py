@@ -390,8 +390,8 @@ def stepped(frontend, model, config, weights, tokens, cache):
 
 def with_junk(cache):
     """NaN in all slots that no token fills."""
-    unused = lambda slots: np.arange(slots.shape[-3]) >= np.asarray(cache.length)[..., None]
-    foul = lambda slots: jnp.where(unused(slots)[..., None, None], jnp.nan, slots)
+    unused = lambda slots: np.arange(slots.shape[-2]) >= np.asarray(cache.length)[..., None]
+    foul = lambda slots: jnp.where(unused(slots)[..., None, :, None], jnp.nan, slots)
     return cache._replace(attention=jax.tree.map(foul, cache.attention))
 
 
