@@ -13,6 +13,7 @@ from tests.test_reference import oracle_configs
 FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
 # what no strategy draws, and which tests go through its values
 ELSEWHERE = {
+    "attention_implementation": "test_blockwise.py and test_agreement.py name it",
     "max_length": "the learned table's end: test_positions.py, test_reference.py",
     "source_features": "test_classifier.py",
     "source_vocab_size": "sizes of the two sides differ in every draw",
