@@ -111,12 +111,12 @@ def attention_with_weights(
     check_queries(q, k)
     check_values(k, v)
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
-    weights = _weights(q, k, grid, allowed, rules)
-    dropped = dropout(weights, dropout_rate, key=dropout_key)
-    out = isolated_values(dropped, v, allowed)
+    exponentials, total = _softmax(q, k, grid, allowed, rules)
+    dropped = dropout(exponentials, dropout_rate, key=dropout_key)
+    out = isolated_values(dropped, v, allowed, total)
     if (relative := rules.get("relative")) is not None and (values := relative.values(dropped, grid)) is not None:
-        out = out + values.astype(out.dtype)
-    return out, weights
+        out = out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
+    return out, exponentials / total
 
 
 def attention_weights(
@@ -124,49 +124,52 @@ def attention_weights(
 ) -> Float[Array, "*B N T S"]:
     """softmax(scale * q k^T + bias) over the allowed keys; a row without any is exactly 0."""
     check_queries(q, k)
-    return _weights(q, k, logits_grid(q, k, rules), allowed_keys(q, k, **rules), rules)
+    exponentials, total = _softmax(q, k, logits_grid(q, k, rules), allowed_keys(q, k, **rules), rules)
+    return exponentials / total
 
 
-def _weights(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> Array:
-    return softmax_weights(
-        attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules), allowed, rules
-    )
+def _softmax(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> tuple[Array, Array]:
+    logits = attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
+    return softmax_parts(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), rules)
 
 
-def softmax_weights(
-    logits: Float[Array, "*B N T S"], allowed: Bool[Array, "..."] | None, rules: Rules
-) -> Float[Array, "*B N T S"]:
-    """Their softmax over the allowed keys and the sinks; a row without any is exactly 0."""
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    sinks = rules.get("sinks")
-    return _softmax(logits, None if sinks is None else sink_logits(sinks, logits))
+def softmax_parts(
+    logits: Float[Array, "*B N T S"], rules: Rules
+) -> tuple[Float[Array, "*B N T S"], Float[Array, "*B N T 1"]]:
+    """Their softmax, with the sinks, as exponentials and what to divide them by; a row of -inf is exactly 0.
 
-
-def _softmax(logits: Float[Array, "*B N T S"], sinks: Float[Array, "..."] | None) -> Float[Array, "*B N T S"]:
-    highest = logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
+    Values are summed before the division: it is by far the smaller one, and then XLA makes one program on CPUs of the
+    exponentials, their sum and the product with the values.
+    """
+    # all without a choice between elements, which would end the program that XLA makes of it; a row without keys:
+    lowest = float(jnp.finfo(logits.dtype).min)  # is as high as this, not -inf, for -inf - -inf is NaN
+    highest, sinks = logits.max(axis=-1, keepdims=True, initial=lowest), rules.get("sinks")
     if sinks is not None:
+        sinks = sink_logits(sinks, logits)
         highest = jnp.maximum(highest, sinks)
-    # a row without keys has highest = -inf and total = 0: both are replaced before they can make a NaN
-    highest = jax.lax.stop_gradient(jnp.where(highest == -jnp.inf, 0.0, highest))
+    highest = jax.lax.stop_gradient(highest)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sinks - highest)
-    return exponentials / jnp.where(total == 0.0, 1.0, total)
+    return exponentials, jnp.maximum(total, 0.5)  # of a row without keys 0, of all others at least 1
 
 
 def isolated_values(
-    weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"], allowed: Bool[Array, "..."] | None
+    weights: Float[Array, "*B N T S"],
+    v: Float[Array, "*B S K Hv"],
+    allowed: Bool[Array, "..."] | None,
+    total: Float[Array, "*B N T 1"] | None = None,
 ) -> Float[Array, "*B T N Hv"]:
     """`weighted_values`, where NaN or Inf in a value makes NaN of the queries that may see it and of no other."""
     if allowed is None:
-        return weighted_values(weights, v)
+        return weighted_values(weights, v, total)
     v = _without_unseen(v, allowed)  # also where it is finite: its gradient may overflow
     finite = jnp.isfinite(v).all(axis=-1)
     hidden = ~finite.swapaxes(-1, -2).repeat(weights.shape[-3] // v.shape[-2], axis=-2)[..., None, :]
     met = (allowed & hidden).any(axis=-1).swapaxes(-1, -2)[..., None]
-    return jnp.where(met, jnp.nan, weighted_values(weights, jnp.where(finite[..., None], v, jnp.zeros((), v.dtype))))
+    finite_v = jnp.where(finite[..., None], v, jnp.zeros((), v.dtype))
+    return jnp.where(met, jnp.nan, weighted_values(weights, finite_v, total))
 
 
 def _without_unseen(x: Float[Array, "*B S K H"], allowed: Bool[Array, "..."] | None) -> Float[Array, "*B S K H"]:

@@ -252,10 +252,12 @@ class _Task:
         """The softmax over no key, or over the sink alone."""
         shape, dtype = (self.static.heads, self.height), self.inputs.dtype
         values = jnp.zeros((self.height, self.static.heads, self.inputs.v.shape[-1]), dtype)
-        highest, total = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
+        # over no key as high as this, not -inf, for -inf - -inf is NaN
+        highest, total = jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype)
         if self.inputs.sinks is not None:
-            sinks = block.cut(self.inputs.sinks, "N").astype(dtype)
-            highest, total = jnp.broadcast_to(sinks[:, None], shape), jnp.ones(shape, dtype)
+            sinks = block.cut(self.inputs.sinks, "N").astype(dtype)[:, None]
+            highest = jnp.maximum(highest, sinks)
+            total = jnp.exp(sinks - highest)
         return _Running(values, highest, total, jnp.zeros(shape, bool))
 
     def gather(self, running: _Running, unit: Array, i: Array, j: Array) -> _Running:
@@ -269,9 +271,7 @@ class _Task:
             if allowed is not None:
                 logits = jnp.where(allowed, logits, -jnp.inf)
             highest = jnp.maximum(running.highest, logits.max(-1))
-            # of a row without keys, so far, the highest is -inf
-            level = jnp.where(highest == -jnp.inf, 0.0, highest)
-            weights, shrunk = jnp.exp(logits - level[..., None]), jnp.exp(running.highest - level)
+            weights, shrunk = jnp.exp(logits - highest[..., None]), jnp.exp(running.highest - highest)
             total = running.total * shrunk + weights.sum(-1)
             kept, spoiled = parts, running.spoiled
             if allowed is not None:

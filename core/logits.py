@@ -112,8 +112,10 @@ def sink_logits(sinks: Float[Array, "N"], logits: Float[Array, "*B N T S"]) -> F
     return sinks.astype(logits.dtype).reshape((1,) * (logits.ndim - 3) + (heads, 1, 1))
 
 
-def weighted_values(weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"]) -> Float[Array, "*B T N Hv"]:
-    """Sum over the keys of weight times value, accumulated in the wider of the two dtypes, in v's dtype."""
+def weighted_values(
+    weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"], total: Float[Array, "*B N T 1"] | None = None
+) -> Float[Array, "*B T N Hv"]:
+    """Sum over the keys of weight times value, by `total`, accumulated in the wider of the two dtypes, in v's dtype."""
     if (*v.shape[:-3], v.shape[-3]) != (*weights.shape[:-3], weights.shape[-1]) or weights.shape[-3] % v.shape[-2]:
         raise ValueError(
             "weights [*B, N, T, S] and v [*B, S, K, Hv] must agree in *B and S, N a multiple of K, "
@@ -124,6 +126,7 @@ def weighted_values(weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K H
     *batch, heads, queries, keys = weights.shape
     grouped = weights.astype(dtype).reshape(*batch, v.shape[-2], heads // v.shape[-2] * queries, keys)
     out = (grouped @ v_first).reshape(*batch, heads, queries, v.shape[-1])
+    out = out if total is None else out / total.astype(dtype)
     return out.swapaxes(-2, -3).astype(v.dtype)
 
 

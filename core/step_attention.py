@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.attention import isolated_values, softmax_weights
+from core.attention import isolated_values, softmax_parts
 from core.layers import wide_dtype, wider_dtype
 from core.logits import (
     Rules,
@@ -49,14 +49,14 @@ def step_attention(
     else:
         scaled = q.astype(wide_dtype(q)) * logits_scale(q, rules)
         logits = completed_logits(_owned_products(scaled, k, owned), q, k, grid, rules)
-    weights = softmax_weights(logits, allowed, rules)
-    out = weighted_values(weights, v) if owned is None else _owned_values(weights, v, owned)
+    exponentials, total = softmax_parts(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), rules)
+    out = weighted_values(exponentials, v, total) if owned is None else _owned_values(exponentials, v, owned, total)
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
-        seen = lambda: isolated_values(weights, v if owners is None else _gathered(v, owners), allowed)
+        seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
         out = jax.lax.cond(finite.all(), lambda: out, lambda: jnp.where(finite, out, seen()))
-    if relative is not None and (values := relative.values(weights, grid)) is not None:
-        out = out + values.astype(out.dtype)
+    if relative is not None and (values := relative.values(exponentials, grid)) is not None:
+        out = out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
     return out
 
 
@@ -88,9 +88,12 @@ def _owned_products(
 
 
 def _owned_values(
-    weights: Float[Array, "*B W N 1 S"], v: Float[Array, "*B W S K Hv"], owned: Bool[Array, "*B O 1 W 1 S"]
+    weights: Float[Array, "*B W N 1 S"],
+    v: Float[Array, "*B W S K Hv"],
+    owned: Bool[Array, "*B O 1 W 1 S"],
+    total: Float[Array, "*B W N 1 1"],
 ) -> Float[Array, "*B W 1 N Hv"]:
-    """The sum over the keys of weight times value, each value taken from the slots that hold it."""
+    """`weighted_values`, each value taken from the slots that hold it."""
     *batch, beams, heads, _, keys = weights.shape
     kv_heads, width = v.shape[-2:]
     dtype = wider_dtype(weights.dtype, v.dtype)
@@ -98,4 +101,5 @@ def _owned_values(
     grouped = jnp.where(owned, grouped, 0).reshape(*batch, beams, kv_heads, beams * heads // kv_heads, keys)
     parts = grouped @ v.astype(dtype).swapaxes(-2, -3)
     out = parts.reshape(*batch, beams, kv_heads, beams, heads // kv_heads, width).sum(axis=len(batch))
-    return out.swapaxes(-3, -4).reshape(*batch, beams, 1, heads, width).astype(v.dtype)
+    out = out.swapaxes(-3, -4).reshape(*batch, beams, heads, 1, width) / total.astype(dtype)
+    return out.swapaxes(-2, -3).astype(v.dtype)
