@@ -30,11 +30,16 @@ def agreement(json: Json = None) -> None:
 
 
 @app.command()
-def speed(lengths: Lengths = None, rounds: Rounds = None, json: Json = None) -> None:
+def speed(
+    lengths: Lengths = None,
+    rounds: Rounds = None,
+    causal: Annotated[bool, typer.Option("--causal/--full", help="Whether queries see only what is before.")] = True,
+    json: Json = None,
+) -> None:
     """Attention of one layer beside the peers, forward and with its gradient, by length."""
     from bench.speed import LENGTHS, ROUNDS, attention_times, tables
 
-    found = attention_times(lengths or LENGTHS, rounds=rounds or ROUNDS)
+    found = attention_times(lengths or LENGTHS, rounds=rounds or ROUNDS, causal=causal)
     _show(tables(found), found, json)
 
 

@@ -32,15 +32,15 @@ class Time(NamedTuple):
     median: float
 
 
-def attention_times(lengths: Sequence[int] = LENGTHS, *, rounds: int = ROUNDS) -> list[Time]:
-    """Of causal attention, B=4, N=8, H=64, float32, forward and with its gradient; ours first."""
-    return [time for length in lengths for time in _times(length, rounds)]
+def attention_times(lengths: Sequence[int] = LENGTHS, *, rounds: int = ROUNDS, causal: bool = True) -> list[Time]:
+    """Of attention, B=4, N=8, H=64, float32, forward and with its gradient; ours first."""
+    return [time for length in lengths for time in _times(length, rounds, causal)]
 
 
-def _times(length: int, rounds: int) -> list[Time]:
+def _times(length: int, rounds: int, causal: bool) -> list[Time]:
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal(SHAPE(length)).astype(np.float32) for _ in range(3)]
-    contenders = jax_contenders(length) | _torch_contenders()
+    contenders = jax_contenders(length, causal=causal) | _torch_contenders(causal)
     arguments = {name: [convert(array) for array in inputs] for name, (convert, _, _) in contenders.items()}
     reference = None
     for name, (_, forward, both) in contenders.items():
@@ -70,13 +70,13 @@ def tables(found: Sequence[Time]) -> list[Table]:
     return made
 
 
-def jax_contenders(length: int) -> dict[str, tuple[Callable, Attention, Attention]]:
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    ours = lambda implementation: partial(dot_product_attention, causal=True, implementation=implementation)
+def jax_contenders(length: int, *, causal: bool = True) -> dict[str, tuple[Callable, Attention, Attention]]:
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None] if causal else None
+    ours = lambda implementation: partial(dot_product_attention, causal=causal, implementation=implementation)
     functions = {
         "isoformer": ours(None),
         **{f"isoformer, {name}": ours(name) for name in IMPLEMENTATIONS},
-        "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
+        "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal),
         "flax.nnx": lambda q, k, v: nnx.dot_product_attention(q, k, v, mask=mask),
     }
     return {
@@ -89,7 +89,7 @@ def _with_gradient(function: Attention) -> Attention:
     return jax.grad(lambda q, k, v: jnp.square(function(q, k, v)).sum(), argnums=(0, 1, 2))
 
 
-def _torch_contenders() -> dict[str, tuple[Callable, Attention, Attention]]:
+def _torch_contenders(causal: bool) -> dict[str, tuple[Callable, Attention, Attention]]:
     """PyTorch's fused kernel, where the torch extra is installed; with as many threads as XLA has."""
     try:
         torch = importlib.import_module("torch")
@@ -102,10 +102,10 @@ def _torch_contenders() -> dict[str, tuple[Callable, Attention, Attention]]:
 
     def forward(q, k, v):
         with torch.no_grad():
-            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).numpy()
+            return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).numpy()
 
     def both(q, k, v):
-        loss = scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+        loss = scaled_dot_product_attention(q, k, v, is_causal=causal).square().sum()
         return [gradient.numpy() for gradient in torch.autograd.grad(loss, (q, k, v))]
 
     return {"torch": (convert, forward, both)}

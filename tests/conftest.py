@@ -1,10 +1,12 @@
 """Strict numerics, typed signatures and Hypothesis profiles for the whole suite."""
 
+import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# the programs are the same, but each compiled by one thread: two workers have no more cores than that
+# the programs are the same, but LLVM leaves them as XLA wrote them, and in one thread: two workers have no more cores
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".strip()
 
 import jax
@@ -21,6 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a quarter is what another test compiled
 
+gc.set_threshold(50_000, 20, 20)  # traces make many objects and little garbage: looking for it took a sixth of the time
+
 # every signature in the three packages is checked at run time: shapes, axes and dtypes
 jaxtyping.install_import_hook(["core", "nnx_impl", "equinox_impl"], "tests.typecheck.checked")
 
@@ -34,9 +38,15 @@ settings.register_profile("mutation", max_examples=8, derandomize=True, database
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+OPTIMISED = {f"tests.test_{name}" for name in ("attention", "attention_oracle", "losses", "vocabulary")}
+"""Whose subject is rounding: compiled as users compile. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` does so with all."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_let_go():
+def _programs(request):
     """A compiled program takes some 24 memory maps, of which Linux gives a process 65530: then XLA crashes."""
+    quickly = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and request.module.__name__ not in OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.clear_caches()
 

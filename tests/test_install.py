@@ -93,3 +93,32 @@ def test_the_conformance_kit_needs_no_framework(tmp_path):
     missing = run("train")
     assert missing.returncode == 2
     assert "run: pip install 'isoformer[app]'" in missing.stderr
+
+
+ALONE = {
+    "data": ["python", "-c", "from seq2seq.tasks import load_task; print(len(load_task('pronounce').split('test')))"],
+    "bench": ["python", "-m", "bench", "speed", "--length", "8", "--rounds", "1"],
+    "docs": ["python", "-m", "sphinx", "--version"],
+}
+"""A command for which each of these is enough."""
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("extra", ALONE)
+def test_every_other_extra_is_enough_for_what_it_is_for(extra, tmp_path):
+    program, *arguments = ALONE[extra]
+    done = subprocess.run(
+        [installed(extra, tmp_path) / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.install
+def test_the_application_without_a_frontend_says_which_to_install(tmp_path):
+    train = ["train", "--task", "copy", "--run", "run", "--steps", "1"]
+    done = subprocess.run(
+        [installed("app", tmp_path) / "isoformer", *train], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'isoformer[nnx]'" in " ".join(done.stderr.split())

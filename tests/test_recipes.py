@@ -24,11 +24,9 @@ pytestmark = pytest.mark.usefixtures("untyped", "_as_users_have_it", "_classes_s
 
 @pytest.fixture
 def _as_users_have_it():
-    """JAX's own defaults, which let frameworks and optax promote; and compiled in a hurry."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """JAX's own defaults, which let frameworks and optax promote."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -275,7 +275,9 @@ def interrupted_after(monkeypatch, package, steps, send=signal.SIGTERM):
 
 
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("order", [("nnx", "equinox"), ("equinox", "nnx")])
+@pytest.mark.parametrize(
+    "order", [("nnx", "equinox"), pytest.param(("equinox", "nnx"), marks=pytest.mark.slow)], ids="-".join
+)
 def test_a_run_begun_in_one_frontend_ends_in_the_other_as_if_it_had_never_stopped(order, task, tmp_path, monkeypatch):
     whole, parts = new_run(tmp_path / "whole"), new_run(tmp_path / "parts")
     first, second = (FRONTENDS[name] for name in order)
