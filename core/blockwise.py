@@ -60,11 +60,11 @@ def blockwise_attention(
     # in leaves, for JAX makes masks of placeholders where it says that something has no gradient
     inputs, inputs_tree = jax.tree.flatten(_Inputs(q, k, v, rules.get("bias"), relative, rules.get("sinks")))
     fixed, fixed_tree = jax.tree.flatten(_Fixed(mask, rules.get("q_offset"), dropout_key))
+    block = _block(mask) if block is None else block
     static = _Static(
         trees=(inputs_tree, fixed_tree),
-        # plain matrix products are the fastest, hence one head at a time; relative encodings are of all heads
-        heads=1 if relative is None else q.shape[-2],
-        block=_block(mask) if block is None else block,
+        heads=_heads(q, k, block) if relative is None else q.shape[-2],  # relative encodings are of all heads
+        block=block,
         scale=logits_scale(q, rules),
         soft_cap=rules.get("soft_cap"),
         dropout_rate=dropout_rate,
@@ -76,6 +76,12 @@ def _block(mask: Mask | None) -> tuple[int, int]:
     """What proved fast: wide ones, but narrow ones where blocks can be skipped by position."""
     span = (0, 0) if mask is None else mask.span(jnp.int32(0), jnp.int32(0), 1)
     return (512, 2048) if all(isinstance(end, int) for end in span) else (512, 512)
+
+
+def _heads(q: Array, k: Array, block: tuple[int, int]) -> int:
+    """How many at a time: one, for plain matrix products are the fastest, but two where the blocks are small."""
+    cells = min(block[0], q.shape[-3]) * min(block[1], k.shape[-3])
+    return 2 if cells <= 512 * 512 and q.shape[-2] == k.shape[-2] and q.shape[-2] % 2 == 0 else 1
 
 
 class _Inputs(NamedTuple):
