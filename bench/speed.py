@@ -1,6 +1,7 @@
 """Our attention beside the peers', on the same numbers, in turn: `python -m bench speed`."""
 
 import importlib
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -48,11 +49,13 @@ def _times(length: int, rounds: int, causal: bool) -> list[Time]:
         both(*arguments[name])
         reference = output if reference is None else reference
         np.testing.assert_allclose(output, reference, rtol=1e-4, atol=1e-5, err_msg=name)
-    samples: dict[tuple[str, str], list[float]] = {}
+    samples: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in contenders for kind in KINDS}
+    order = random.Random(0)  # anew each round, for PyTorch's threads go on spinning while the next one runs
     for _ in range(rounds):
-        for name, (_, *programs) in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
+            _, *programs = contenders[name]
             for kind, program in zip(KINDS, programs, strict=True):
-                samples.setdefault((name, kind), []).append(timed(program, *arguments[name])[0])
+                samples[name, kind].append(timed(program, *arguments[name])[0])
     return [Time(length, name, kind, min(times), statistics.median(times)) for (name, kind), times in samples.items()]
 
 
