@@ -16,7 +16,6 @@ from core.losses import (
     Batch,
     Metrics,
     check_label_shapes,
-    check_smoothing,
     likeliest,
     sequence_metrics,
     token_cross_entropy,
@@ -46,7 +45,6 @@ def projected_metrics(
         raise ValueError(f"chunk must be at least 1 position, got {chunk}; leave it out for a size that is fast")
     if chunk >= positions:
         return sequence_metrics(project(x), batch, label_smoothing=label_smoothing)
-    check_smoothing(label_smoothing)
     check_label_shapes(x.shape[:-1], labels=batch.labels, weights=batch.target_mask)
     check_tokens(jnp.where(batch.target_mask, batch.labels, 0), vocab, "labels")
     number, axis = -(-positions // chunk), x.ndim - 2

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import core.vocabulary
 from core.losses import Batch, sequence_metrics
 from core.vocabulary import projected_metrics
 from tests.frontends import CONFIG, FRONTENDS, random_batch, random_weights, same_bits
@@ -107,17 +108,40 @@ def test_memory_is_that_of_a_chunk():
     assert bytes_of(64) < 2**21
 
 
-def test_large_logits_are_made_in_chunks_unless_told_otherwise():
-    """16384 positions times 1000 tokens are more than are held at once, 1024 times 1000 are not."""
+def projected_at_once(rows, length, vocab, **how):
+    """Of how many positions of a row logits are made, the first time and from then on."""
+    labels, lengths = jnp.zeros((rows, length), jnp.int32), []
 
-    def scans(length):
-        labels = jnp.zeros((1, length), jnp.int32)
-        batch = Batch(labels, labels == 0, labels, labels, labels == 0)
-        loss = lambda x: projected_metrics(x, lambda x: x.repeat(1000, axis=-1), batch).loss
-        return "scan" in str(jax.make_jaxpr(loss)(jnp.zeros((1, length, 1))))
+    def head(x):
+        lengths.append(x.shape[-2])
+        return x.repeat(vocab, axis=-1)
 
-    assert scans(16384)
-    assert not scans(1024)
+    batch = Batch(labels, labels == 0, labels, labels, labels == 0)
+    jax.eval_shape(lambda x: projected_metrics(x, head, batch, **how), jnp.zeros((rows, length, 1)))
+    assert lengths[0] == length  # for the shape alone
+    return set(lengths[1:])
+
+
+def test_large_logits_are_made_in_chunks_unless_told_otherwise(monkeypatch):
+    """Two million are held at once, one more is not; then as many positions as fill that, but of each row one."""
+    assert projected_at_once(2, 1024, 1024) == {1024}
+    assert projected_at_once(2, 1025, 1024) == {513}
+    assert projected_at_once(2, 4096, 2048) == {512}
+    assert projected_at_once(2, 1025, 1024, chunk=2000) == {1025}
+    monkeypatch.setattr(core.vocabulary, "_HELD", 1)
+    assert projected_at_once(2, 6, 3) == {1}
+
+
+def test_a_chunk_of_all_positions_is_all_logits_at_once(untyped):
+    """Then forward mode works; a batch without rows has none to be held."""
+    arrays, batch = problem(((2,), 7), 0)
+    head, how = lambda x: project(x, *arrays[1:]), {"label_smoothing": 0.3}
+    loss = lambda x: projected_metrics(x, head, batch, chunk=7, **how).loss
+    got = jax.jvp(loss, arrays[:1], arrays[:1])
+    wanted = jax.jvp(lambda x: sequence_metrics(head(x), batch, **how).loss, arrays[:1], arrays[:1])
+    assert same_bits(got, wanted)
+    (x, *_), nothing = problem(((0,), 3), 0)
+    assert projected_metrics(x, head, nothing).tokens == 0
 
 
 @pytest.mark.parametrize("kind", ["Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer"])
@@ -145,5 +169,7 @@ def test_what_is_wrong_is_said_in_chunks_too(untyped):
         of(batch._replace(labels=jnp.full((2, 7), V), target_mask=np.ones((2, 7), bool)), chunk=2)
     with pytest.raises(ValueError, match="labels must have the shape"):
         of(batch._replace(labels=batch.labels[:, :3]), chunk=2)
+    with pytest.raises(ValueError, match="weights must have the shape"):
+        of(batch._replace(target_mask=batch.target_mask[:, :3]), chunk=2)
     with pytest.raises(ValueError, match="label_smoothing must be"):
         of(batch, label_smoothing=1.0, chunk=2)
