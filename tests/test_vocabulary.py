@@ -77,6 +77,14 @@ def test_in_16_bits_the_gradient_by_the_table_is_summed_in_32(dtype, seed):
         np.testing.assert_allclose(np.asarray(a, "float32"), np.asarray(b, "float32"), rtol=0, atol=8 * unit * scale)
 
 
+def test_without_a_gradient_the_metrics_are_the_same():
+    arrays, batch = problem(((2,), 7), 0)
+    x, batch = jax.tree.map(jnp.asarray, (arrays[0], batch))
+    got = projected_metrics(x, lambda x: project(x, *arrays[1:]), batch, label_smoothing=0.3, chunk=2)
+    wanted = with_gradients(arrays, batch, chunk=2, smoothing=0.3)[0]
+    np.testing.assert_allclose(np.stack(got), np.stack(wanted), rtol=1e-6)
+
+
 @given(seeds)
 def test_vectors_without_a_label_may_be_anything(seed):
     """And have no gradient; without any label at all the loss is 0."""
@@ -140,6 +148,8 @@ def test_a_chunk_of_all_positions_is_all_logits_at_once(untyped):
     got = jax.jvp(loss, arrays[:1], arrays[:1])
     wanted = jax.jvp(lambda x: sequence_metrics(head(x), batch, **how).loss, arrays[:1], arrays[:1])
     assert same_bits(got, wanted)
+    one = batch._replace(labels=jnp.zeros((2, 7), jnp.int32))
+    assert projected_metrics(arrays[0], lambda x: x[..., :1], one, chunk=2).loss == 0  # of the only token there is
     (x, *_), nothing = problem(((0,), 3), 0)
     assert projected_metrics(x, head, nothing).tokens == 0
 
