@@ -70,6 +70,17 @@ def test_one_query_gets_what_the_general_form_gives(name, seed):
         np.testing.assert_allclose(step(*arrays, **rules), whole(*arrays, **rules), rtol=0, atol=1e-12)
 
 
+@given(seed=seeds, owned=st.booleans())
+@few
+def test_without_a_rule_all_keys_are_seen(seed, owned):
+    q, k, v = qkv(SHAPE, seed)
+    owners = drawn_owners(seed)
+    more = {"owners": jnp.asarray(owners)} if owned else {}
+    seen = [gathered(x, owners) if owned else x for x in (k, v)]
+    wanted = whole(*map(jnp.asarray, (q, *seen)))
+    np.testing.assert_allclose(step(*map(jnp.asarray, (q, k, v)), **more), wanted, rtol=0, atol=2e-6)
+
+
 @every_rule
 @few
 @given(seed=seeds)
@@ -81,6 +92,20 @@ def test_a_beam_reads_the_slots_that_hold_its_past(name, seed):
         out = step(*map(jnp.asarray, (q, k, v)), owners=jnp.asarray(owners), **rules)
         wanted = whole(*map(jnp.asarray, (q, gathered(k, owners), gathered(v, owners))), **rules)
     np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@few
+@given(seed=seeds)
+def test_in_16_bits_a_beam_sums_in_32_and_rounds_once(dtype, seed):
+    rules, _ = given_rules("bias", seed)
+    q, k, v = (np.asarray(jnp.asarray(x, dtype)) for x in qkv(SHAPE, seed))
+    owners = drawn_owners(seed)
+    out = step(*map(jnp.asarray, (q, k, v)), owners=jnp.asarray(owners), **rules)
+    wanted = whole(*(jnp.asarray(x, jnp.float32) for x in (q, gathered(k, owners), gathered(v, owners))), **rules)
+    assert out.dtype == dtype
+    half = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(np.float32(out), wanted, rtol=1.01 * half, atol=2e-6)
 
 
 @pytest.mark.parametrize("owned", [False, True])
@@ -124,7 +149,7 @@ def test_beams_may_share_the_slots_of_their_row(seed):
 
 def test_shapes_that_do_not_fit_are_refused(untyped):
     q, k, v = map(jnp.asarray, qkv(SHAPE, 0))
-    with pytest.raises(ValueError, match="must agree in all axes but the last"):
+    with pytest.raises(ValueError, match=r"all axes but the last, got k \(2, 3, 6, 2, 2\), v \(2, 3, 5, 2, 3\)"):
         step_attention(q, k, v[..., :5, :, :])
     with pytest.raises(ValueError, match=r"must agree in \*B and H"):
         step_attention(q[..., :1], k, v)
