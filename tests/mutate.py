@@ -35,6 +35,7 @@ EQUIVALENTS = ROOT / "tests/mutation_equivalents.txt"
 _ATTENTION = [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]
 TESTS = {
     "core/attention.py": _ATTENTION,
+    "core/cache.py": ["tests/test_cache.py", "tests/test_step_attention.py"],
     "core/grid.py": ["tests/test_masks.py", "tests/test_blockwise.py"],
     "core/logits.py": _ATTENTION,
     "core/masks.py": ["tests/test_masks.py", "tests/test_blockwise.py"],

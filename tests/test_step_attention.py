@@ -115,13 +115,15 @@ def test_what_is_not_finite_reaches_those_alone_that_may_see_it(owned, seed, jun
     rules, offset = given_rules("bias", seed)
     q, k, v = qkv(SHAPE, seed)
     foul = {"k": k.copy(), "v": v.copy()}
-    foul[into][:, 1, 3] = junk  # in the slots of one beam, at one position
+    foul[into][0, 1, 3, :, 0] = junk  # in the slots of one beam of one row, at one position, once in each vector
     owners = drawn_owners(seed) if owned else np.broadcast_to(np.arange(3, dtype="int32")[:, None], (2, 3, 6))
     more = {"owners": jnp.asarray(owners)} if owned else {}
     clean = np.asarray(step(*map(jnp.asarray, (q, k, v)), **rules, **more))
     out = np.asarray(step(*map(jnp.asarray, (q, foul["k"], foul["v"])), **rules, **more))
-    met = (owners[..., 3] == 1) & (offset >= 3)
-    beside = np.full(met.shape, True) if owned else met  # a beam's products are with the slots of its whole row
+    first = np.arange(2)[:, None] == 0
+    met = first & (owners[..., 3] == 1) & (offset >= 3)
+    beside = first if owned else met  # a beam's products are with the slots of its whole row
+    beside = np.broadcast_to(beside, met.shape)
     np.testing.assert_array_equal(out[~beside], clean[~beside])
     np.testing.assert_allclose(out[~met], clean[~met], rtol=0, atol=2e-6)
     if into == "v" or np.isnan(junk):
