@@ -124,6 +124,18 @@ def test_in_16_bits_a_beam_sums_in_32_and_rounds_once(dtype, name, seed):
 
 
 @pytest.mark.parametrize("owned", [False, True])
+def test_wide_values_stay_wide_beside_narrow_queries_and_keys(owned):
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(x, dtype) for x, dtype in zip(qkv(SHAPE, 0), ["float32"] * 2 + ["float64"], strict=True))
+        owners = drawn_owners(0)
+        more = {"owners": jnp.asarray(owners)} if owned else {}
+        seen = [jnp.asarray(gathered(np.asarray(x), owners)) if owned else x for x in (k, v)]
+        out, wanted = step(q, k, v, **more), whole(q, *seen)
+        assert out.dtype == wanted.dtype == "float64"
+        np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("owned", [False, True])
 @few
 @given(seed=seeds, junk=st.sampled_from([np.nan, np.inf, -np.inf]), into=st.sampled_from(["k", "v"]))
 def test_what_is_not_finite_reaches_those_alone_that_may_see_it(owned, seed, junk, into):
