@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
 from core.beam_search import beam_search
-from core.cache import KeysValues, as_slots, select_beams, slot_attention, spread_beams
+from core.cache import DecoderCache, KeysValues, Slots, as_slots, select_beams, slot_attention, spread_beams
 from core.constraints import Constraints
 from core.masks import Padding
 from core.relative import T5, ALiBi, Shaw, TransformerXL
@@ -211,3 +211,19 @@ def test_beams_that_leave_their_slots_in_place_find_what_beams_that_move_them_fi
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=2e-2 if name == "bfloat16" else 1e-5)
     assert len(np.unique(np.asarray(found.tokens))) > 5
+
+
+def test_a_selected_beam_has_the_length_and_the_prefix_of_its_parent():
+    length, prefix = jnp.array([[1, 2, 3]], jnp.int32), jnp.array([[4, 5, 6]], jnp.int32)
+    slots = Slots(jnp.zeros((1, 3, 1, 6, 2)), jnp.zeros((1, 3, 1, 6, 2)))
+    owners = jnp.asarray(drawn_owners(0)[:1])
+    cache = DecoderCache(attention=(slots,), memory=(), memory_mask=None, length=length, prefix=prefix, owners=owners)
+    for held in (cache, cache._replace(owners=None)):
+        picked = select_beams(held, jnp.array([[2, 0, 0]]))
+        np.testing.assert_array_equal(picked.length, [[3, 1, 1]])
+        np.testing.assert_array_equal(picked.prefix, [[6, 4, 4]])
+
+
+def test_beams_of_a_decoder_without_layers_have_no_past():
+    cache = DecoderCache(attention=(), memory=(), memory_mask=None, length=jnp.zeros((2,), jnp.int32), prefix=None)
+    assert spread_beams(cache, 3).length.shape == (2, 3)
