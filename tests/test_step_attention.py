@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from core.attention import dot_product_attention
 from core.beam_search import beam_search
-from core.cache import DecoderCache, KeysValues, Slots, as_slots, select_beams, slot_attention, spread_beams
+from core.cache import (
+    DecoderCache,
+    KeysValues,
+    KVCache,
+    Slots,
+    as_slots,
+    cached_attention,
+    select_beams,
+    slot_attention,
+    spread_beams,
+)
 from core.constraints import Constraints
 from core.masks import Padding
 from core.relative import T5, ALiBi, Shaw, TransformerXL
@@ -227,3 +237,17 @@ def test_a_selected_beam_has_the_length_and_the_prefix_of_its_parent():
 def test_beams_of_a_decoder_without_layers_have_no_past():
     cache = DecoderCache(attention=(), memory=(), memory_mask=None, length=jnp.zeros((2,), jnp.int32), prefix=None)
     assert spread_beams(cache, 3).length.shape == (2, 3)
+
+
+def test_the_form_of_attention_that_is_asked_for_is_passed_on():
+    q, k, v = map(jnp.asarray, qkv(SHAPE._replace(T=2), 0))
+    slots, shared = as_slots(KeysValues(k, v)), as_slots(KeysValues(k[:, :1], v[:, :1]))
+    cache = KVCache(Slots(*map(jnp.zeros_like, slots)), jnp.zeros((2, 3), jnp.int32))
+    for call in (
+        lambda **how: slot_attention(q, slots, **how),
+        lambda **how: slot_attention(q[:, :, :1], shared, **how),
+        lambda **how: cached_attention(q, k[:, :, :2], v[:, :, :2], cache, **how),
+    ):
+        call(implementation="blockwise")
+        with pytest.raises(ValueError, match="implementation must be None or one of"):
+            call(implementation="dense")
