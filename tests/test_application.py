@@ -57,7 +57,9 @@ def isoformer(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("name", "other"), [("nnx", "equinox"), ("equinox", "nnx")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("nnx", "equinox"), pytest.param("equinox", "nnx", marks=pytest.mark.slow)]
+)
 def test_a_run_trained_in_one_frontend_is_evaluated_and_used_in_the_other(name, other, isoformer, tmp_path):
     run = tmp_path / "run"
     code, printed = isoformer(

@@ -315,7 +315,7 @@ def test_the_materialised_form_has_derivatives_of_every_order_and_the_other_says
         jax.jvp(functools.partial(attend, implementation="blockwise"), (q,), (q,))
 
 
-@pytest.mark.parametrize("positions", ["rotary", "shaw"])
+@pytest.mark.parametrize("positions", ["shaw", pytest.param("rotary", marks=pytest.mark.slow)])
 @given(seeds)
 @settings(max_examples=2)
 def test_models_of_either_implementation_have_the_same_outputs_and_gradients(positions, seed):

@@ -217,13 +217,14 @@ def exact_norm(x, scale, bias, epsilon, centre):
 
 @given(leading, seeds, st.sampled_from([0.0, 1e2, 1e4]), st.sampled_from([1e-6, 1e-3, 1.0]))
 def test_norms_are_their_formulas_also_where_the_mean_is_large(batch, seed, mean, epsilon):
-    """E[x^2] - E[x]^2 would have no digit left at mean 1e4; the inputs themselves are rounded to 2^-24 * mean."""
+    """E[x^2] - E[x]^2 would have no digit left at mean 1e4; the mean of 16 errs by 16 * 2^-24 of itself at most."""
     x, scale, bias = drawn(seed, (*batch, 16), (16,), (16,))
     x = x + mean
     exact = wide(x, scale, bias)
-    tolerance = {"rtol": 0, "atol": 4e-5 * (1 + mean / 1e2)}
-    wanted = exact_norm(*exact, epsilon, centre=1)
-    np.testing.assert_allclose(layer_norm(x, scale, bias, epsilon=epsilon), wanted, **tolerance)
+    wanted, error = exact_norm(*exact, epsilon, centre=1), 16 * 2.0**-24 * np.abs(exact[0]).max(-1, keepdims=True)
+    deviation = np.sqrt(exact[0].var(-1, keepdims=True) + epsilon)
+    bound = 4e-5 + (error / deviation) * np.abs(exact[1]) + (error / deviation) ** 2 * np.abs(wanted - exact[2])
+    np.testing.assert_array_less(np.abs(layer_norm(x, scale, bias, epsilon=epsilon) - wanted), bound)
     wanted = exact_norm(*exact[:2], 0, epsilon, centre=0)
     np.testing.assert_allclose(rms_norm(x, scale, epsilon=epsilon), wanted, rtol=0, atol=4e-5)
 

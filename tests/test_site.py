@@ -39,6 +39,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", ["nnx", "equinox"])
 def test_a_notebook_runs(frontend, capsys):
     names = {}
