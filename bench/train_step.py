@@ -5,6 +5,7 @@ the arithmetic alone would take is the step's products at the rate at which XLA 
 """
 
 import importlib.util
+import random
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -61,18 +62,20 @@ def tables(found: Sequence[StepTime]) -> list[Table]:
 def _times(size: str, rounds: int) -> list[StepTime]:
     config, rng = SIZES[size], np.random.default_rng(0)
     weights = frontend("equinox").to_weights(frontend("equinox").init_transformer(config, seed=0))
-    trainers, samples = _trainers(config, weights), {}
+    trainers = _trainers(config, weights)
+    samples: dict[str, list[float]] = {name: [] for name in trainers}
     batch = _batch(config, rng)
     losses = {name: float(trainer.evaluate(batch).loss) for name, trainer in trainers.items()}
     np.testing.assert_allclose(list(losses.values()), losses["nnx"], rtol=1e-4, err_msg=str(losses))
     if torch := trainers.get("torch, compiled"):
         torch.model.compile()
+    order = random.Random(0)  # anew each round, for PyTorch's threads go on spinning while the next one runs
     for round_ in range(rounds + 1):
         batch = _batch(config, rng)
-        for name, trainer in trainers.items():
-            seconds, _ = timed(trainer.train, batch)
+        for name in order.sample(list(trainers), len(trainers)):
+            seconds, _ = timed(trainers[name].train, batch)
             if round_:  # the first compiles
-                samples.setdefault(name, []).append(seconds)
+                samples[name].append(seconds)
     least = _products(config) / _rate()
     return [StepTime(size, name, min(times), statistics.median(times), least) for name, times in samples.items()]
 

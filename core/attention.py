@@ -130,19 +130,22 @@ def attention_weights(
 
 def _softmax(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> tuple[Array, Array]:
     logits = attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
-    return softmax_parts(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), rules)
+    return softmax_parts(logits, allowed, rules)
 
 
 def softmax_parts(
-    logits: Float[Array, "*B N T S"], rules: Rules
+    logits: Float[Array, "*B N T S"], allowed: Bool[Array, "..."] | None, rules: Rules
 ) -> tuple[Float[Array, "*B N T S"], Float[Array, "*B N T 1"]]:
-    """Their softmax, with the sinks, as exponentials and what to divide them by; a row of -inf is exactly 0.
+    """Their softmax over the allowed keys and the sinks, as exponentials and divisors; a row without any is exactly 0.
 
     Values are summed before the division: it is by far the smaller one, and then XLA makes one program on CPUs of the
     exponentials, their sum and the product with the values.
     """
-    # all without a choice between elements, which would end the program that XLA makes of it; a row without keys:
-    lowest = float(jnp.finfo(logits.dtype).min)  # is as high as this, not -inf, for -inf - -inf is NaN
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    # no choice between elements from here on, which would end the program that XLA makes of it; a row without keys is
+    # as high as the lowest number, for -inf - -inf is NaN
+    lowest = float(jnp.finfo(logits.dtype).min)
     highest, sinks = logits.max(axis=-1, keepdims=True, initial=lowest), rules.get("sinks")
     if sinks is not None:
         sinks = sink_logits(sinks, logits)

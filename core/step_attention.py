@@ -49,7 +49,7 @@ def step_attention(
     else:
         scaled = q.astype(wide_dtype(q)) * logits_scale(q, rules)
         logits = completed_logits(_owned_products(scaled, k, owned), q, k, grid, rules)
-    exponentials, total = softmax_parts(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), rules)
+    exponentials, total = softmax_parts(logits, allowed, rules)
     out = weighted_values(exponentials, v, total) if owned is None else _owned_values(exponentials, v, owned, total)
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)

@@ -12,14 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from core.layers import check_tokens, wide_dtype, zero_padding
-from core.losses import (
-    Batch,
-    Metrics,
-    check_label_shapes,
-    likeliest,
-    sequence_metrics,
-    token_cross_entropy,
-)
+from core.losses import Batch, Metrics, check_label_shapes, likeliest, sequence_metrics, token_cross_entropy
 
 _HELD = 2**21  # logits that are held at once: docs/performance.md has the measurement
 
