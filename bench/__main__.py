@@ -1,4 +1,7 @@
-"""`python -m bench NAME` prints the tables of one bench; `--json FILE` keeps what it found, as `report` reads it."""
+"""`python -m bench` prints the tables of all benches in short forms; NAME, those of one; all, those of full length.
+
+`--json FILE` keeps what a bench found, as `report` reads it.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -9,15 +12,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench import forms
 from bench.kept import about, keep
 
 app = typer.Typer(
-    help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
+    help=__doc__,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    invoke_without_command=True,
 )
 Json = Annotated[Path | None, typer.Option("--json", help="A file for what was found, and on which machine.")]
 Lengths = Annotated[list[int] | None, typer.Option("--length", min=1, help="T = S; may be given more than once.")]
+Causal = Annotated[bool, typer.Option("--causal/--full", help="Whether queries see only what is before.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="How often each is measured.")]
 Layers = Annotated[list[int] | None, typer.Option(min=1, help="Of encoder and decoder; may be given more than once.")]
+
+
+@app.callback()
+def short(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        for name in forms.FORMS:
+            forms.run(name, short=True)
+
+
+@app.command(name="all")
+def everything(kept: Annotated[Path, typer.Option(help="The folder for what is found.")] = Path("runs/bench")) -> None:
+    """All benches at full length, for hours; what they find is kept."""
+    for name in forms.FORMS:
+        forms.run(name, short=False, kept=kept)
 
 
 @app.command()
@@ -33,7 +56,7 @@ def agreement(json: Json = None) -> None:
 def speed(
     lengths: Lengths = None,
     rounds: Rounds = None,
-    causal: Annotated[bool, typer.Option("--causal/--full", help="Whether queries see only what is before.")] = True,
+    causal: Causal = True,
     json: Json = None,
 ) -> None:
     """Attention of one layer beside the peers, forward and with its gradient, by length."""
@@ -41,6 +64,21 @@ def speed(
 
     found = attention_times(lengths or LENGTHS, rounds=rounds or ROUNDS, causal=causal)
     _show(tables(found), found, json)
+
+
+@app.command()
+def modules(
+    lengths: Lengths = None,
+    rounds: Rounds = None,
+    causal: Causal = True,
+    json: Json = None,
+) -> None:
+    """Attention modules with their projections beside the frameworks' own, by length."""
+    from bench.modules import LENGTHS, module_times
+    from bench.speed import ROUNDS, tables
+
+    found = module_times(lengths or LENGTHS, rounds=rounds or ROUNDS, causal=causal)
+    _show(tables(found, title="attention modules"), found, json)
 
 
 @app.command()

@@ -5,9 +5,7 @@ All hold the same weights, and must give the same tokens before anything is time
 
 import functools
 import os
-import random
 import statistics
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from rich.table import Table
 import equinox_impl
 import nnx_impl
 from bench.decode_peers import Decode, peers
+from bench.turns import in_turn
 from core.config import TransformerConfig
 from core.decoding import EOS
 
@@ -80,15 +79,8 @@ def speeds(batch: int, beam_size: int, *, rounds: int = ROUNDS) -> list[Speed]:
         found = decode(source, lengths, beam_size)
         wanted = found if wanted is None else wanted
         np.testing.assert_array_equal(found, wanted, err_msg=f"{name}, batch {batch}, {beam_size} beams")
-    samples: dict[str, list[float]] = {name: [] for name in decoders}
-    order, end = random.Random(0), time.perf_counter() + SECONDS
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() > end:
-            break
-        for name in order.sample(list(decoders), len(decoders)):
-            start = time.perf_counter()
-            decoders[name](source, lengths, beam_size)
-            samples[name].append(time.perf_counter() - start)
+    contenders = {name: functools.partial(decode, source, lengths, beam_size) for name, decode in decoders.items()}
+    samples = in_turn(contenders, rounds=rounds, enough=SECONDS)
     return [_speed(beam_size, batch, name, samples) for name in samples]
 
 

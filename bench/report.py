@@ -1,7 +1,5 @@
 """`python -m bench report`: what the benches found, as one HTML page and as Markdown."""
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +10,14 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from bench import figures
+from bench import figures, forms
 from bench.figures import Plot
 from bench.findings import findings
 from bench.kept import Kept, load
 from bench.tables import tables
 
-SHORT = {
-    "agreement": (),
-    "speed": ("--rounds", "7"),
-    "memory": (),
-    "compile": ("--layers", "1", "--layers", "3", "--layers", "6", "--rounds", "2"),
-    "dispatch": ("--layers", "1", "--layers", "3", "--layers", "9", "--rounds", "7"),
-    "recipes": ("--runs", "1"),
-    "conformance": ("--max-examples", "10"),
-}
-"""The benches in the order of the report, and the options that make them a matter of minutes."""
+SECTIONS = ("agreement", "speed", "memory", "compile", "dispatch", "recipes", "conformance")
+"""The benches of which the report tells, in its order."""
 PLOTS = {
     "speed": figures.speed, "memory": figures.memory, "compile": figures.compile_time, "dispatch": figures.dispatch,
 }  # fmt: skip
@@ -35,17 +25,15 @@ PAGE = Path(__file__).parent / "page"
 
 
 def measure(folder: Path, *, fresh: bool = False) -> None:
-    """Runs each bench whose results the folder lacks, in a process of its own."""
-    for name, options in SHORT.items():
-        file = folder / f"{name}.json"
-        if fresh or not file.exists():
-            command = [sys.executable, "-m", "bench", name, *options, "--json", str(file)]
-            subprocess.run(command, check=True)
+    """Runs the short form of each bench whose results the folder lacks."""
+    for name in SECTIONS:
+        if fresh or not (folder / f"{name}.json").exists():
+            forms.run(name, short=True, kept=folder)
 
 
 def write(folder: Path, output: Path) -> list[Path]:
     """The pages, from what the folder holds; the plots of the Markdown lie beside it."""
-    kept = {name: load(folder / f"{name}.json") for name in SHORT}
+    kept = {name: load(folder / f"{name}.json") for name in SECTIONS}
     plots = {name: draw(kept[name]) for name, draw in PLOTS.items()}
     about = {"kept": kept, "plots": plots, "findings": findings(kept)}
     pictures = output / "report"

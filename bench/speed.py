@@ -1,9 +1,8 @@
 """Our attention beside the peers', on the same numbers, in turn: `python -m bench speed`."""
 
 import importlib
-import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,13 +12,12 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from bench.turns import in_turn
 from core.attention import IMPLEMENTATIONS, dot_product_attention
-from seq2seq.measure import timed
 
-LENGTHS = (64, 256, 512, 1024)
+LENGTHS = (64, 128, 256, 512, 1024)
 ROUNDS = 15
 KINDS = ("forward", "forward + backward")
-SHAPE = lambda length: (4, length, 8, 64)
 Attention = Callable[[Any, Any, Any], Any]
 
 
@@ -34,36 +32,42 @@ class Time(NamedTuple):
 
 
 def attention_times(lengths: Sequence[int] = LENGTHS, *, rounds: int = ROUNDS, causal: bool = True) -> list[Time]:
-    """Of attention, B=4, N=8, H=64, float32, forward and with its gradient; ours first."""
+    """Of attention, N=8, H=64, float32, forward and with its gradient; ours first."""
     return [time for length in lengths for time in _times(length, rounds, causal)]
+
+
+def batch_rows(length: int) -> int:
+    """B: one row where four of them would make logits of gigabytes."""
+    return 4 if length < 2048 else 1
 
 
 def _times(length: int, rounds: int, causal: bool) -> list[Time]:
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(SHAPE(length)).astype(np.float32) for _ in range(3)]
-    contenders = jax_contenders(length, causal=causal) | _torch_contenders(causal)
-    arguments = {name: [convert(array) for array in inputs] for name, (convert, _, _) in contenders.items()}
-    reference = None
-    for name, (_, forward, both) in contenders.items():
-        output = np.asarray(forward(*arguments[name]))  # also warms up
-        both(*arguments[name])
-        reference = output if reference is None else reference
-        np.testing.assert_allclose(output, reference, rtol=1e-4, atol=1e-5, err_msg=name)
-    samples: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in contenders for kind in KINDS}
-    order = random.Random(0)  # anew each round, for PyTorch's threads go on spinning while the next one runs
-    for _ in range(rounds):
-        for name in order.sample(list(contenders), len(contenders)):
-            _, *programs = contenders[name]
-            for kind, program in zip(KINDS, programs, strict=True):
-                samples[name, kind].append(timed(program, *arguments[name])[0])
+    inputs = [rng.standard_normal((batch_rows(length), length, 8, 64)).astype(np.float32) for _ in range(3)]
+    contenders = {}
+    for name, (convert, *programs) in (jax_contenders(length, causal=causal) | _torch_contenders(causal)).items():
+        arguments = [convert(array) for array in inputs]
+        contenders[name] = {kind: partial(do, *arguments) for kind, do in zip(KINDS, programs, strict=True)}
+    return timed_in_turn(contenders, length, rounds)
+
+
+def timed_in_turn(contenders: Mapping[str, Mapping[str, Callable[[], Any]]], length: int, rounds: int) -> list[Time]:
+    """The times of contenders by name and kind; AssertionError unless forward they give what the first one gives."""
+    wanted: np.ndarray | None = None
+    for name, programs in contenders.items():
+        found = np.asarray(programs["forward"]())
+        wanted = found if wanted is None else wanted
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5, err_msg=name)
+    programs = {(name, kind): program for name, kinds in contenders.items() for kind, program in kinds.items()}
+    samples = in_turn(programs, rounds=rounds)
     return [Time(length, name, kind, min(times), statistics.median(times)) for (name, kind), times in samples.items()]
 
 
-def tables(found: Sequence[Time]) -> list[Table]:
+def tables(found: Sequence[Time], *, title: str = "attention") -> list[Table]:
     """One for each kind: implementations by length, beside ours."""
     made = []
     for kind in KINDS:
-        table = Table("T = S", "implementation", "median", "least", "ours / theirs", title=f"attention, {kind}")
+        table = Table("T = S", "implementation", "median", "least", "ours / theirs", title=f"{title}, {kind}")
         for length in dict.fromkeys(time.length for time in found):
             rows = [time for time in found if (time.length, time.kind) == (length, kind)]
             for row in rows:

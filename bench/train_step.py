@@ -1,13 +1,13 @@
-"""A whole training step of both frontends beside PyTorch's, in turn on the same batches: `python -m bench train`.
+"""A whole training step of both frontends beside PyTorch's, in turn on the same batch: `python -m bench train`.
 
 The same first weights (losses are compared first, without dropout), AdamW, clipping, smoothing and dropout. What
 the arithmetic alone would take is the step's products at the rate at which XLA multiplies large matrices here.
 """
 
 import importlib.util
-import random
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from bench.turns import in_turn
 from core.config import TransformerConfig
 from core.losses import Batch
 from seq2seq.frontends import frontend
@@ -63,19 +64,14 @@ def _times(size: str, rounds: int) -> list[StepTime]:
     config, rng = SIZES[size], np.random.default_rng(0)
     weights = frontend("equinox").to_weights(frontend("equinox").init_transformer(config, seed=0))
     trainers = _trainers(config, weights)
-    samples: dict[str, list[float]] = {name: [] for name in trainers}
     batch = _batch(config, rng)
     losses = {name: float(trainer.evaluate(batch).loss) for name, trainer in trainers.items()}
     np.testing.assert_allclose(list(losses.values()), losses["nnx"], rtol=1e-4, err_msg=str(losses))
     if torch := trainers.get("torch, compiled"):
         torch.model.compile()
-    order = random.Random(0)  # anew each round, for PyTorch's threads go on spinning while the next one runs
-    for round_ in range(rounds + 1):
-        batch = _batch(config, rng)
-        for name in order.sample(list(trainers), len(trainers)):
-            seconds, _ = timed(trainers[name].train, batch)
-            if round_:  # the first compiles
-                samples[name].append(seconds)
+    for trainer in trainers.values():
+        jax.block_until_ready(trainer.train(batch))  # compiles
+    samples = in_turn({name: partial(trainer.train, batch) for name, trainer in trainers.items()}, rounds=rounds)
     least = _products(config) / _rate()
     return [StepTime(size, name, min(times), statistics.median(times), least) for name, times in samples.items()]
 

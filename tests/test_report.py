@@ -10,13 +10,13 @@ import html5lib
 import pytest
 
 import equinox_impl.layers
-from bench import agreement, figures, kept, memory, report
+from bench import agreement, figures, forms, kept, memory, report
 from bench.findings import findings
 from bench.recipes import CONFIG
 from tests.conftest import ROOT
 
 KEPT = ROOT / "docs/report"
-RESULTS = {name: kept.load(KEPT / f"{name}.json") for name in report.SHORT}
+RESULTS = {name: kept.load(KEPT / f"{name}.json") for name in report.SECTIONS}
 SECTIONS = ("answer", "agreement", "speed", "memory", "compile", "dispatch", "recipes", "conformance", "machine")
 CSS = (report.PAGE / "report.css").read_text()
 HTML = "{http://www.w3.org/1999/xhtml}"
@@ -235,11 +235,11 @@ def test_what_was_found_is_kept_with_command_machine_and_versions(tmp_path):
 @pytest.mark.parametrize("fresh", [False, True])
 def test_only_what_is_missing_is_measured_unless_all_is_to_be_fresh(fresh, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(report.subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(forms.subprocess, "run", lambda command, check: ran.append(command))
     (tmp_path / "speed.json").touch()
     report.measure(tmp_path, fresh=fresh)
     names = [command[3] for command in ran]
-    assert names == [name for name in report.SHORT if fresh or name != "speed"]
+    assert names == [name for name in report.SECTIONS if fresh or name != "speed"]
     assert all(command[-2:] == ["--json", str(tmp_path / f"{command[3]}.json")] for command in ran)
 
 
