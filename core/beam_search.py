@@ -19,7 +19,7 @@ class Hypotheses(NamedTuple):
     """What a search has found for each row, best first."""
 
     tokens: Integer[Array, "*B n L"]  # the end, then padding
-    scores: Float[Array, "*B n"]  # log probability over the penalty of the length; -inf: there are no more
+    scores: Float[Array, "*B n"]  # log probability over the penalty of the length; -inf: there are no more, all padding
 
 
 class Beams(NamedTuple):
@@ -130,7 +130,8 @@ def beam_search(
     scores = jnp.where(complete, final(end.log_prob, end.length), -jnp.inf)
     scores, order = jax.lax.top_k(scores, n_best)
     failed = end.failed[..., None]
-    tokens = jnp.where(failed[..., None], -1, _take(end.tokens, order, rank))
+    tokens = jnp.where((scores == -jnp.inf)[..., None], pad_id, _take(end.tokens, order, rank))
+    tokens = jnp.where(failed[..., None], -1, tokens)
     return Hypotheses(tokens, jnp.where(failed, jnp.nan, scores))
 
 

@@ -264,6 +264,7 @@ def test_nan_behind_padding_is_not_met(pad_id):
     found = as_numpy(beam_search(step, jnp.ones(2, jnp.int32), jnp.zeros(2), **options))
     assert np.isfinite(found.scores[:, :4]).all()
     assert (found.scores[:, 4:] == -np.inf).all()
+    assert (found.tokens[:, 4:] == pad_id).all()
 
 
 @few
@@ -301,6 +302,7 @@ def test_constraints_hold_and_the_scores_are_still_those_of_the_model(seed):
     for row, i in np.ndindex(3, 3):
         sequence = cut(found.tokens[row, i])
         if found.scores[row, i] == -np.inf:
+            assert (found.tokens[row, i] == PAD).all()
             continue
         assert sequence[1] == 4  # what is forced may come twice
         assert len({*sequence[:1], *sequence[2:]}) == len(sequence) - 1
