@@ -5,14 +5,16 @@ attend to nothing gets exactly 0. A key that no query may see may hold anything,
 sums are at least float32.
 """
 
+import functools
 from typing import Unpack, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.blockwise import blockwise_attention
-from core.config import Implementation
+from core.config import Implementation, check_rate
 from core.layers import dropout
 from core.logits import (
     Rules,
@@ -88,7 +90,10 @@ def dot_product_attention(
     )  # fmt: skip
     if implementation == "blockwise":
         return blockwise_attention(q, k, v, dropout_rate=dropout_rate, dropout_key=dropout_key, **rules)
-    return attention_with_weights(q, k, v, dropout_rate=dropout_rate, dropout_key=dropout_key, **rules)[0]
+    if dropout_key is not None:
+        return attention_with_weights(q, k, v, dropout_rate=dropout_rate, dropout_key=dropout_key, **rules)[0]
+    check_rate("the dropout rate", dropout_rate)
+    return _materialised(q, k, v, rules)
 
 
 def _check_implementation(implementation: str | None) -> None:
@@ -114,9 +119,69 @@ def attention_with_weights(
     exponentials, total = _softmax(q, k, grid, allowed, rules)
     dropped = dropout(exponentials, dropout_rate, key=dropout_key)
     out = isolated_values(dropped, v, allowed, total)
-    if (relative := rules.get("relative")) is not None and (values := relative.values(dropped, grid)) is not None:
-        out = out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
-    return out, exponentials / total
+    return with_relative_values(out, dropped, total, grid, rules), exponentials / total
+
+
+def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
+    """The values of `attention_with_weights`; in a program that has no derivative of them, `_quickly`."""
+    leaves, tree = jax.tree.flatten((q, k, v, rules))
+    is_traced = lambda leaf: isinstance(leaf, Tracer)
+
+    def of_traced(compute):
+        def call(*arrays):
+            given = iter(arrays)
+            return compute(*jax.tree.unflatten(tree, [next(given) if is_traced(leaf) else leaf for leaf in leaves]))
+
+        return call
+
+    exactly = lambda q, k, v, rules: attention_with_weights(q, k, v, **rules)[0]
+    if not any(map(is_traced, leaves)):
+        return exactly(q, k, v, rules)
+    values = jax.custom_jvp(of_traced(_quickly))
+    values.defjvp(functools.partial(jax.jvp, of_traced(exactly)))
+    return values(*filter(is_traced, leaves))
+
+
+def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
+    """With care only if something is not finite.
+
+    What is hidden is lowered to -inf by a minimum, which a NaN may survive. A choice between elements would not let it,
+    but would end the one program that XLA makes on CPUs of the products and all that lies between them.
+    """
+    grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
+    carefully = lambda: attention_with_weights(q, k, v, **rules)[0]
+    if allowed is None:
+        return carefully()
+    check_values(k, v)
+    logits = jnp.minimum(attention_logits(q, k, grid, rules), jnp.where(allowed, jnp.inf, -jnp.inf))
+    exponentials, total = softmax_parts(logits, None, rules)
+    out = with_relative_values(weighted_values(exponentials, v, total), exponentials, total, grid, rules)
+    return jax.lax.cond(all_finite(out), lambda: out, carefully)
+
+
+@jax.custom_batching.custom_vmap
+def all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Whether nothing in x is NaN or Inf; under `vmap` one answer for all rows, so that a `cond` stays one."""
+    return jnp.isfinite(x).all()
+
+
+@all_finite.def_vmap
+def _all_rows_finite(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return all_finite(x), False
+
+
+def with_relative_values(
+    out: Float[Array, "*B T N Hv"],
+    weights: Float[Array, "*B N T S"],
+    total: Float[Array, "*B N T 1"],
+    grid: Grid,
+    rules: Rules,
+) -> Float[Array, "*B T N Hv"]:
+    """With what a relative encoding adds to the values, by `total`."""
+    relative = rules.get("relative")
+    values = None if relative is None else relative.values(weights, grid)
+    return out if values is None else out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
 
 
 def attention_weights(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.attention import isolated_values, softmax_parts
+from core.attention import all_finite, isolated_values, softmax_parts, with_relative_values
 from core.layers import wide_dtype, wider_dtype
 from core.logits import (
     Rules,
@@ -54,10 +54,8 @@ def step_attention(
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
         seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
-        out = jax.lax.cond(finite.all(), lambda: out, lambda: jnp.where(finite, out, seen()))
-    if relative is not None and (values := relative.values(exponentials, grid)) is not None:
-        out = out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
-    return out
+        out = jax.lax.cond(all_finite(out), lambda: out, lambda: jnp.where(finite, out, seen()))
+    return with_relative_values(out, exponentials, total, grid, rules)
 
 
 def _gathered(x: Float[Array, "*B W S K H"], owners: Integer[Array, "*B W S"]) -> Float[Array, "*B W S K H"]:
