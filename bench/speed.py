@@ -18,6 +18,8 @@ from core.attention import IMPLEMENTATIONS, dot_product_attention
 LENGTHS = (64, 128, 256, 512, 1024)
 ROUNDS = 15
 KINDS = ("forward", "forward + backward")
+LONG = 4096  # beyond it only what holds no logits of the whole is measured: the others want tens of gigabytes
+IN_BLOCKS = ("isoformer", "isoformer, blockwise", "torch")
 Attention = Callable[[Any, Any, Any], Any]
 
 
@@ -46,6 +48,8 @@ def _times(length: int, rounds: int, causal: bool) -> list[Time]:
     inputs = [rng.standard_normal((batch_rows(length), length, 8, 64)).astype(np.float32) for _ in range(3)]
     contenders = {}
     for name, (convert, *programs) in (jax_contenders(length, causal=causal) | _torch_contenders(causal)).items():
+        if length > LONG and name not in IN_BLOCKS:
+            continue
         arguments = [convert(array) for array in inputs]
         contenders[name] = {kind: partial(do, *arguments) for kind, do in zip(KINDS, programs, strict=True)}
     return timed_in_turn(contenders, length, rounds)
