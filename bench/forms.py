@@ -13,7 +13,7 @@ class Form(NamedTuple):
     short: tuple[str, ...] = ()
 
 
-_FEW = ("--rounds", "7")
+_FEW = ("--rounds", "5", "--length", "64", "--length", "256", "--length", "512")
 FORMS = {
     "agreement": Form(("agreement",)),
     "speed": Form(("speed",), _FEW),

@@ -15,8 +15,8 @@ from rich.table import Table
 from bench.turns import in_turn
 from core.attention import IMPLEMENTATIONS, dot_product_attention
 
-LENGTHS = (64, 128, 256, 512, 1024)
-ROUNDS = 15
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROUNDS = 9
 KINDS = ("forward", "forward + backward")
 LONG = 4096  # beyond it only what holds no logits of the whole is measured: the others want tens of gigabytes
 IN_BLOCKS = ("isoformer", "isoformer, blockwise", "torch")
