@@ -116,7 +116,7 @@ def attention_with_weights(
     check_queries(q, k)
     check_values(k, v)
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
-    exponentials, total = _softmax(q, k, grid, allowed, rules)
+    exponentials, total = softmax_parts(_logits(q, k, grid, allowed, rules), allowed, rules)
     dropped = dropout(exponentials, dropout_rate, key=dropout_key)
     out = isolated_values(dropped, v, allowed, total)
     return with_relative_values(out, dropped, total, grid, rules), exponentials / total
@@ -145,17 +145,18 @@ def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
 def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
     """With care only if something is not finite.
 
-    What is hidden is lowered to -inf by a minimum, which a NaN may survive. A choice between elements would not let it,
-    but would end the one program that XLA makes on CPUs of the products and all that lies between them.
+    What is hidden is lowered to -inf by a minimum, which the NaN of a key that others see may survive. A choice between
+    elements would not let it, but would end the program that XLA makes on CPUs of the products and all between them.
     """
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
     carefully = lambda: attention_with_weights(q, k, v, **rules)[0]
     if allowed is None:
         return carefully()
     check_values(k, v)
-    logits = jnp.minimum(attention_logits(q, k, grid, rules), jnp.where(allowed, jnp.inf, -jnp.inf))
+    logits = jnp.minimum(_logits(q, k, grid, allowed, rules), jnp.where(allowed, jnp.inf, -jnp.inf))
     exponentials, total = softmax_parts(logits, None, rules)
-    out = with_relative_values(weighted_values(exponentials, v, total), exponentials, total, grid, rules)
+    out = weighted_values(exponentials, _without_unseen(v, allowed), total)
+    out = with_relative_values(out, exponentials, total, grid, rules)
     return jax.lax.cond(all_finite(out), lambda: out, carefully)
 
 
@@ -189,13 +190,14 @@ def attention_weights(
 ) -> Float[Array, "*B N T S"]:
     """softmax(scale * q k^T + bias) over the allowed keys; a row without any is exactly 0."""
     check_queries(q, k)
-    exponentials, total = _softmax(q, k, logits_grid(q, k, rules), allowed_keys(q, k, **rules), rules)
+    grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
+    exponentials, total = softmax_parts(_logits(q, k, grid, allowed, rules), allowed, rules)
     return exponentials / total
 
 
-def _softmax(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> tuple[Array, Array]:
-    logits = attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
-    return softmax_parts(logits, allowed, rules)
+def _logits(q: Array, k: Array, grid: Grid, allowed: Array | None, rules: Rules) -> Array:
+    """`attention_logits`, whatever stands where nobody looks from or to."""
+    return attention_logits(_without_unseeing(q, allowed), _without_unseen(k, allowed), grid, rules)
 
 
 def softmax_parts(

@@ -17,6 +17,7 @@ from core.attention import (
     merge_heads,
     split_heads,
 )
+from core.masks import Padding
 from tests.strategies import (
     RECTANGULAR_SHAPES,
     SQUARE_SHAPES,
@@ -33,7 +34,8 @@ STATIC = ("causal", "window", "scale", "soft_cap", "dropout_rate", "implementati
 FEW_SHAPES = [RECTANGULAR_SHAPES[0], SQUARE_SHAPES[2], RECTANGULAR_SHAPES[2]]
 GROUPED = [SQUARE_SHAPES[3], RECTANGULAR_SHAPES[1]]
 few_shapes = st.sampled_from(FEW_SHAPES)
-compiled = jax.jit(attention_with_weights, static_argnames=STATIC)
+compiled = jax.jit(dot_product_attention, static_argnames=STATIC)
+compiled_with_weights = jax.jit(attention_with_weights, static_argnames=STATIC)
 exactly = functools.partial(np.testing.assert_array_equal, strict=True)
 
 
@@ -43,13 +45,16 @@ def pull_back(q, k, v, cotangent, **rules):
 
 
 def both(*qkv, **rules):
-    if "dropout_key" in rules:
-        rules["dropout_key"] = jax.random.clone(rules["dropout_key"])  # laws use a key twice on purpose
-    return [np.array(x) for x in compiled(*qkv, **rules)]
+    return [np.array(x) for x in compiled_with_weights(*qkv, **_cloned(rules))]
 
 
 def attend(*qkv, **rules):
-    return both(*qkv, **rules)[0]
+    return np.array(compiled(*qkv, **_cloned(rules)))
+
+
+def _cloned(rules):
+    """Laws use a key twice on purpose."""
+    return rules | {name: jax.random.clone(key) for name, key in rules.items() if name == "dropout_key"}
 
 
 def weigh(*qkv, **rules):
@@ -455,6 +460,43 @@ def test_vmap_over_examples_is_the_batched_call(case):
         arrays[name] = np.broadcast_to(arrays[name], case.allowed.shape)
     single = jax.jit(jax.vmap(lambda q, k, v, arrays: dot_product_attention(q, k, v, **arrays, **rest)))
     exactly(np.asarray(single(*case.qkv, arrays)), attend(*case.qkv, **arrays, **rest))
+
+
+def _equations(jaxpr, *, inside=True):
+    for equation in jaxpr.eqns:
+        yield equation
+        inner = [x.jaxpr for x in jax.tree.leaves(equation.params) if hasattr(x, "jaxpr")]
+        for other in inner if inside or equation.primitive.name != "cond" else []:
+            yield from _equations(other, inside=inside)
+
+
+@pytest.mark.parametrize("rules", [{"causal": True}, {"window": (1, 0)}, {"mask": Padding(jnp.arange(5) < 3)}])
+def test_a_mask_costs_no_choice_between_logits_unless_something_is_not_finite(rules):
+    q, k, v = qkv(AttentionShape((), 5, 5, 2, 1, 3, 3), 0)
+    made = jax.make_jaxpr(lambda q, k, v: dot_product_attention(q, k, v, **rules))(q, k, v).jaxpr
+    chosen = lambda inside: [
+        equation.outvars[0].aval.shape
+        for equation in _equations(made, inside=inside)
+        if equation.primitive.name == "select_n" and equation.outvars[0].aval.shape == (2, 5, 5)
+    ]
+    assert len(chosen(True)) == 1
+    assert not chosen(False)
+
+
+@given(st.sampled_from([1.0, np.nan, np.inf, 1e38]), st.sampled_from(["k", "v"]), seeds)
+def test_under_vmap_one_row_that_is_not_finite_disturbs_no_other(junk, name, seed):
+    """And the condition stays one for all, instead of both branches for each."""
+    shape = AttentionShape((3,), 4, 4, 4, 2, 3, 5)
+    arrays = dict(zip("qkv", qkv(shape, seed), strict=True))
+    attended = jax.vmap(functools.partial(dot_product_attention, causal=True))
+    assert "stablehlo.case" in jax.jit(attended).lower(*arrays.values()).as_text()
+    foul = arrays | {name: arrays[name].copy()}
+    foul[name][1, 3] = junk
+    got, clean = (np.asarray(jax.jit(attended)(*x.values())) for x in (foul, arrays))
+    for row, before in ((0, 4), (1, 3), (2, 4)):  # those that do not see it
+        closely(got[row, :before], clean[row, :before], *(x[row] for x in arrays.values()))
+    if not np.isfinite(junk):
+        assert np.isnan(got[1, 3]).any()
 
 
 @given(attention_shapes, seeds)
