@@ -149,14 +149,25 @@ def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
     elements would not let it, but would end the program that XLA makes on CPUs of the products and all between them.
     """
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
-    carefully = lambda: attention_with_weights(q, k, v, **rules)[0]
+    exactly = lambda: attention_with_weights(q, k, v, **rules)[0]
     if allowed is None:
-        return carefully()
+        return exactly()
     check_values(k, v)
-    logits = jnp.minimum(_logits(q, k, grid, allowed, rules), jnp.where(allowed, jnp.inf, -jnp.inf))
-    exponentials, total = softmax_parts(logits, None, rules)
-    out = weighted_values(exponentials, _without_unseen(v, allowed), total)
-    out = with_relative_values(out, exponentials, total, grid, rules)
+    ceiling = jnp.where(allowed, jnp.inf, -jnp.inf)
+
+    def values(k, v):
+        exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
+        out = weighted_values(exponentials, _without_unseen(v, allowed), total)
+        return with_relative_values(out, exponentials, total, grid, rules)
+
+    def carefully():
+        """Who sees nothing but finite keys and values gets the bits that he would get if the others were finite too."""
+        finite = jnp.isfinite(k).all(axis=-1) & jnp.isfinite(v).all(axis=-1)
+        out = values(*(jnp.where(finite[..., None], x, jnp.zeros((), x.dtype)) for x in (k, v)))
+        good = jnp.isfinite(out).all(axis=-1, keepdims=True) & ~_met(~finite, allowed, q.shape[-2])
+        return jnp.where(good, out, exactly())
+
+    out = values(k, v)
     return jax.lax.cond(all_finite(out), lambda: out, carefully)
 
 
@@ -236,10 +247,15 @@ def isolated_values(
         return weighted_values(weights, v, total)
     v = _without_unseen(v, allowed)  # also where it is finite: its gradient may overflow
     finite = jnp.isfinite(v).all(axis=-1)
-    hidden = ~finite.swapaxes(-1, -2).repeat(weights.shape[-3] // v.shape[-2], axis=-2)[..., None, :]
-    met = (allowed & hidden).any(axis=-1).swapaxes(-1, -2)[..., None]
     finite_v = jnp.where(finite[..., None], v, jnp.zeros((), v.dtype))
+    met = _met(~finite, allowed, weights.shape[-3])
     return jnp.where(met, jnp.nan, weighted_values(weights, finite_v, total))
+
+
+def _met(keys: Bool[Array, "*B S K"], allowed: Bool[Array, "..."], heads: int) -> Bool[Array, "*B T N 1"]:
+    """Which queries may see any of these keys."""
+    cells = keys.swapaxes(-1, -2).repeat(heads // keys.shape[-1], axis=-2)[..., None, :]
+    return (allowed & cells).any(axis=-1).swapaxes(-1, -2)[..., None]
 
 
 def _without_unseen(x: Float[Array, "*B S K H"], allowed: Bool[Array, "..."] | None) -> Float[Array, "*B S K H"]:
