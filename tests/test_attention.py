@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import attention
 from core.attention import (
+    IMPLEMENTATIONS,
     allowed_keys,
     attention_weights,
     attention_with_weights,
@@ -510,6 +512,20 @@ def test_under_vmap_what_one_query_sees_disturbs_no_other(junk, name, seed):
     exactly(got[1, :3], clean[1, :3])  # who does not see it
     if not np.isfinite(junk):
         assert np.isnan(got[1, 3]).any()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "picked"), [(512, 512, 1), (511, 513, 0), (1, 2**18, 1), (1, 2**18 - 1, 0)]
+)
+def test_the_form_is_picked_by_the_cells_of_the_logits(queries, keys, picked, monkeypatch):
+    assert IMPLEMENTATIONS == ("materialised", "blockwise")
+    calls = []
+    monkeypatch.setattr(attention, "blockwise_attention", lambda q, k, v, **_: calls.append("blockwise") or q)
+    monkeypatch.setattr(attention, "_materialised", lambda q, k, v, rules: calls.append("materialised") or q)
+    q, k = (jax.ShapeDtypeStruct((2, length, 2, 4), jnp.float32) for length in (queries, keys))
+    for name in (None, *IMPLEMENTATIONS):
+        jax.eval_shape(functools.partial(dot_product_attention, implementation=name), q, k, k)
+    assert calls == [IMPLEMENTATIONS[picked], *IMPLEMENTATIONS]
 
 
 @given(attention_shapes, seeds)
