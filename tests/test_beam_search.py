@@ -154,6 +154,40 @@ def test_a_batch_is_its_rows_one_by_one(seed):
 
 
 @few
+@given(seeds)
+def test_each_row_may_be_forced_to_tokens_of_its_own(seed):
+    tables, first = np.stack([table(seed + i, 6, 6) for i in range(3)]), firsts((3,), seed, 6)
+    forced = np.int32([[4, -1], [-1, 5], [3, 3]])
+    options = {"max_length": 6, "beam_size": 3, "n_best": 2}
+    together = as_numpy(search(tables, first, jnp.asarray(forced), **options))
+    for row in range(3):
+        alone = as_numpy(search(tables[row : row + 1], first[row : row + 1], jnp.asarray(forced[row]), **options))
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+    assert (together.tokens[0, :, 0] == 4).all()
+    assert (together.tokens[2, :, :2] == 3).all()
+
+
+def test_four_slots_are_searched_and_the_best_is_given_unless_told_otherwise():
+    tables, first = np.stack([table(i, 12, 8, size=0.5) for i in range(20)]), firsts((20,), 0, 12)
+    found, *others = (
+        as_numpy(search(tables, first, max_length=8, **options))
+        for options in ({}, {"beam_size": 4, "n_best": 1, "length_penalty": 0.6}, {"beam_size": 3}, {"beam_size": 5})
+    )
+    equal = [np.array_equal(found.tokens, other.tokens) for other in others]
+    assert equal == [True, False, False]
+
+
+def test_the_cache_is_spread_as_one_is_told():
+    logits, first = table(3), firsts((2,), 3)
+    tables, path = start(logits, first)
+    spread = lambda cache, size: jax.tree.map(lambda x: jnp.repeat(x[:, None], size, axis=1), (-cache[0], cache[1]))
+    found = beam_search(table_step, jnp.asarray(first), (tables, path), max_length=L, spread=spread)
+    wanted = search(-logits, first, max_length=L)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    assert not np.array_equal(found.tokens, search(logits, first, max_length=L).tokens)
+
+
+@few
 @given(batches, seeds, st.sampled_from([4, 24, 64, 130, 192, 640, 641]), st.integers(1, 4))
 def test_the_highest_scores_are_those_of_a_full_sort(batch, seed, size, n):
     """With ties within blocks and across them, and where few are finite."""
