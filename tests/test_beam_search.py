@@ -177,6 +177,26 @@ def test_four_slots_are_searched_and_the_best_is_given_unless_told_otherwise():
     assert equal == [True, False, False]
 
 
+@pytest.mark.parametrize(("going", "wins"), [(-1.38, True), (-1.5, False)])
+def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
+    """One ends at once with log P = -1 and score -1; one goes on for certain: -1.38 at 6 tokens is -0.96."""
+    rest = math.log((1 - math.exp(-1) - math.exp(going)) / 2)
+    begins = jnp.zeros(5).at[jnp.asarray([EOS, 3, 0, 4])].set(jnp.asarray([-1, going, rest, rest]))
+    begins = begins.at[1].set(-jnp.inf)
+    certain = jnp.where(jnp.arange(5) == 3, 0.0, -30.0)
+    step = lambda tokens, cache: (jnp.where((tokens == 1)[..., None], begins, certain), cache + 1)
+    steps = []
+
+    def counted(tokens, cache):
+        jax.debug.callback(lambda: steps.append(1))
+        return step(tokens, cache)
+
+    found = beam_search(counted, jnp.ones(1, jnp.int32), jnp.zeros(1), max_length=6, beam_size=2)
+    jax.effects_barrier()
+    assert found.tokens.tolist() == [[[3] * 6 if wins else [EOS, *[PAD] * 5]]]
+    assert len(steps) == (6 if wins else 1)
+
+
 def test_the_cache_is_spread_as_one_is_told():
     logits, first = table(3), firsts((2,), 3)
     tables, path = start(logits, first)
