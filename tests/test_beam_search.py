@@ -197,6 +197,26 @@ def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
     assert len(steps) == (6 if wins else 1)
 
 
+@pytest.mark.parametrize(
+    ("begins", "tokens", "taken"),
+    [
+        ([-np.inf, 0.0, 0.0, -np.inf], [1] * 6, 6),  # of equals that in the first slot, for which one waits
+        ([-np.inf, -np.inf, 0.0, -np.inf], [EOS, *[PAD] * 5], 1),  # nothing else is possible
+        ([np.nan, 0.0, 0.0, 0.0], [-1] * 6, 1),  # all is lost
+    ],
+)
+def test_a_search_takes_as_many_steps_as_could_change_it(begins, tokens, taken):
+    certain, steps = jnp.where(jnp.arange(4) == 1, 0.0, -300.0), []
+
+    def step(last, cache):
+        jax.debug.callback(lambda: steps.append(1))
+        return jnp.where((last == 3)[..., None], jnp.asarray(begins), certain), cache
+
+    found = beam_search(step, jnp.full(1, 3), jnp.zeros(1), max_length=6, beam_size=2, length_penalty=0.0)
+    jax.effects_barrier()
+    assert (found.tokens.tolist(), len(steps)) == ([[tokens]], taken)
+
+
 def test_the_cache_is_spread_as_one_is_told():
     logits, first = table(3), firsts((2,), 3)
     tables, path = start(logits, first)
