@@ -108,7 +108,7 @@ def beam_search(
         itself = jnp.broadcast_to(jnp.arange(beam_size, dtype=jnp.int32), beams)
         parents = jnp.where(state.ended, itself, place // vocab)
         log_prob = jnp.where(state.ended, state.log_prob, jnp.take_along_axis(best, turn, axis=-1))
-        new = jnp.where(state.ended | (log_prob == -jnp.inf), pad_id, place % vocab)
+        new = jnp.where(state.ended, pad_id, place % vocab)
         grown = jax.lax.dynamic_update_index_in_dim(_take(state.tokens, parents, rank), new, state.position, rank + 1)
         length = jnp.where(state.ended, state.length, state.position + 1)
         ended = state.ended | ((new == eos_id) & (log_prob > -jnp.inf))

@@ -322,7 +322,7 @@ def test_a_row_of_nan_is_minus_one_and_the_others_are_what_they_were():
 
 @pytest.mark.parametrize("pad_id", [PAD, 9])
 def test_nan_behind_padding_is_not_met(pad_id):
-    """Slots that have ended, or hold nothing since too few tokens are allowed, are fed padding."""
+    """Slots that have ended are fed padding; others hold nothing, since too few tokens are allowed."""
 
     def step(tokens, cache):
         likely = jnp.broadcast_to(jnp.log(jnp.asarray([0.1, 0.2, 0.3, 0.4])), (*tokens.shape, V))

@@ -66,6 +66,18 @@ def loss(package, config, weights, batch, *, kind, key):
 
 
 @every_frontend
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_computed_again_is_kept_from_merging_with_the_first_time_but_in_a_scan(scan, package):
+    config = CONFIG.replace(scan_layers=scan, remat=True)
+    weights, batch = random_weights(config, 0), random_batch(config, 0)
+    program = str(
+        jax.make_jaxpr(lambda key: loss(package, config, weights, batch, kind=KINDS[0], key=key))(jax.random.key(0))
+    )
+    assert f"prevent_cse={not scan}" in program
+    assert f"prevent_cse={scan}" not in program
+
+
+@every_frontend
 def test_without_rates_a_scan_draws_nothing(package):
     quiet = CONFIG.replace(scan_layers=True, dropout_rate=0.0, attention_dropout_rate=0.0)
     weights, batch = random_weights(quiet, 0), random_batch(quiet, 0)
