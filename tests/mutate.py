@@ -36,6 +36,7 @@ _ATTENTION = [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_inp
 TESTS = {
     "core/attention.py": _ATTENTION,
     "core/cache.py": ["tests/test_cache.py", "tests/test_step_attention.py"],
+    "core/decoding.py": [f"tests/test_{name}.py" for name in ("decoding", "constraints", "sampling")],
     "core/grid.py": ["tests/test_masks.py", "tests/test_blockwise.py"],
     "core/logits.py": _ATTENTION,
     "core/masks.py": ["tests/test_masks.py", "tests/test_blockwise.py"],

@@ -143,6 +143,16 @@ def test_one_beam_is_greedy_decoding(batch, seed, length_penalty):
 
 @few
 @given(seeds)
+def test_one_beam_is_greedy_decoding_under_constraints_too(seed):
+    logits, first = table(seed, 6, 6, size=0.5), firsts((3,), seed, 6).astype("uint8")
+    rules = Constraints(repetition_penalty=1.7, no_repeat_ngram=2, min_length=2)
+    found = search(logits, first, max_length=6, beam_size=1, constraints=rules)
+    choose = jax.jit(lambda first: greedy(table_step, first, start(logits, first), max_length=6, constraints=rules))
+    np.testing.assert_array_equal(found.tokens[..., 0, :], choose(first.astype("int32")))
+
+
+@few
+@given(seeds)
 def test_a_batch_is_its_rows_one_by_one(seed):
     tables, first = np.stack([table(seed + i, 6, 6) for i in range(3)]), firsts((3,), seed, 6)
     options = {"max_length": 6, "beam_size": 3, "n_best": 2, "length_penalty": 0.6}
