@@ -54,4 +54,7 @@ def test_what_gives_something_else_is_not_timed():
 
 
 def test_the_forms_are_those_of_every_bench():
-    assert {form.command[0] for form in forms.FORMS.values()} == set(get_command(app).commands) - {"all", "report"}
+    commands = get_command(app).commands
+    assert {form.command[0] for form in forms.FORMS.values()} == set(commands) - {"all", "report"}
+    for name, *options in (form.command + form.short for form in forms.FORMS.values()):
+        commands[name].make_context(name, options)  # an option that it does not have raises
