@@ -210,9 +210,9 @@ def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
 @pytest.mark.parametrize(
     ("begins", "tokens", "taken"),
     [
-        ([-np.inf, 0.0, 0.0, -np.inf], [1] * 6, 6),  # of equals that in the first slot, for which one waits
-        ([-np.inf, -np.inf, 0.0, -np.inf], [EOS, *[PAD] * 5], 1),  # nothing else is possible
-        ([np.nan, 0.0, 0.0, 0.0], [-1] * 6, 1),  # all is lost
+        ([-np.inf, 0.0, 0.0, -np.inf], [[1] * 6], 6),  # of equals that in the first slot, for which one waits
+        ([-np.inf, -np.inf, 0.0, -np.inf], [[EOS, *[PAD] * 5], [PAD] * 6], 1),  # nothing else is possible
+        ([np.nan, 0.0, 0.0, 0.0], [[-1] * 6], 1),  # all is lost
     ],
 )
 def test_a_search_takes_as_many_steps_as_could_change_it(begins, tokens, taken):
@@ -222,9 +222,10 @@ def test_a_search_takes_as_many_steps_as_could_change_it(begins, tokens, taken):
         jax.debug.callback(lambda: steps.append(1))
         return jnp.where((last == 3)[..., None], jnp.asarray(begins), certain), cache
 
-    found = beam_search(step, jnp.full(1, 3), jnp.zeros(1), max_length=6, beam_size=2, length_penalty=0.0)
+    options = {"max_length": 6, "beam_size": 2, "n_best": len(tokens), "length_penalty": 0.0}
+    found = beam_search(step, jnp.full(1, 3), jnp.zeros(1), **options)
     jax.effects_barrier()
-    assert (found.tokens.tolist(), len(steps)) == ([[tokens]], taken)
+    assert (found.tokens.tolist(), len(steps)) == ([tokens], taken)
 
 
 def test_the_cache_is_spread_as_one_is_told():
