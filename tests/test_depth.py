@@ -77,15 +77,6 @@ def test_what_is_computed_again_is_kept_from_merging_with_the_first_time_but_in_
     assert f"prevent_cse={scan}" not in program
 
 
-@every_frontend
-def test_without_rates_a_scan_draws_nothing(package):
-    quiet = CONFIG.replace(scan_layers=True, dropout_rate=0.0, attention_dropout_rate=0.0)
-    weights, batch = random_weights(quiet, 0), random_batch(quiet, 0)
-    made = partial(jax.make_jaxpr(lambda config, key: loss(package, config, weights, batch, kind=KINDS[0], key=key), 0))
-    drawn = [made(config, jax.random.key(0)) for config in (quiet, quiet.replace(stochastic_depth_rate=0.5))]
-    assert ["random_bits" in str(program) for program in drawn] == [False, True]
-
-
 @given(
     kind=st.sampled_from(KINDS),
     config=deep,
