@@ -143,7 +143,7 @@ def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
 
 
 def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
-    """With care only if something is not finite.
+    """`attention_with_weights`, but by a shorter program as long as all that comes out is finite.
 
     What is hidden is lowered to -inf by a minimum, which the NaN of a key that others see may survive. A choice between
     elements would not let it, but would end the program that XLA makes on CPUs of the products and all between them.
@@ -154,21 +154,10 @@ def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
         return exactly()
     check_values(k, v)
     ceiling = jnp.where(allowed, jnp.inf, -jnp.inf)
-
-    def values(k, v):
-        exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
-        out = weighted_values(exponentials, _without_unseen(v, allowed), total)
-        return with_relative_values(out, exponentials, total, grid, rules)
-
-    def carefully():
-        """Who sees nothing but finite keys and values gets the bits that he would get if the others were finite too."""
-        finite = jnp.isfinite(k).all(axis=-1) & jnp.isfinite(v).all(axis=-1)
-        out = values(*(jnp.where(finite[..., None], x, jnp.zeros((), x.dtype)) for x in (k, v)))
-        good = jnp.isfinite(out).all(axis=-1, keepdims=True) & ~_met(~finite, allowed, q.shape[-2])
-        return jnp.where(good, out, exactly())
-
-    out = values(k, v)
-    return jax.lax.cond(all_finite(out), lambda: out, carefully)
+    exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
+    out = weighted_values(exponentials, _without_unseen(v, allowed), total)
+    out = with_relative_values(out, exponentials, total, grid, rules)
+    return jax.lax.cond(all_finite(out), lambda: out, exactly)
 
 
 @jax.custom_batching.custom_vmap

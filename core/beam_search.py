@@ -94,20 +94,20 @@ def beam_search(
 
     def extend(state: _State) -> _State:
         logits, cache = step(state.last[..., None], state.cache)
-        logits = penalised(logits[..., 0, :].astype(wide_dtype(logits)), state.tokens, state.position, constraints)
+        logits = penalised(logits.squeeze(-2).astype(wide_dtype(logits)), state.tokens, state.position, constraints)
         vocab = logits.shape[-1]
         going = ~state.ended & (state.log_prob > -jnp.inf)
         failed = state.failed | (going & jnp.isnan(logits).any(axis=-1)).any(axis=-1)
-        extended = state.log_prob[..., None] + jax.nn.log_softmax(logits).astype(state.log_prob.dtype)
+        extended = state.log_prob[..., None] + jax.nn.log_softmax(logits)
         extended = jnp.where(going[..., None] & ~jnp.isnan(extended), extended, -jnp.inf)
         extended = forbid(extended, state.tokens, state.position, constraints, eos_id=eos_id, forced=forced)
         best, place = highest(extended.reshape(*batch, beam_size * vocab), beam_size)
 
-        turn = jnp.cumsum(~state.ended, axis=-1, dtype=jnp.int32) - 1  # of the slots that are free
-        place = jnp.take_along_axis(place, turn, axis=-1)
+        turn = jnp.cumsum(~state.ended, axis=-1) - 1  # of the slots that are free
+        place = _take(place, turn, rank)
         itself = jnp.broadcast_to(jnp.arange(beam_size, dtype=jnp.int32), beams)
         parents = jnp.where(state.ended, itself, place // vocab)
-        log_prob = jnp.where(state.ended, state.log_prob, jnp.take_along_axis(best, turn, axis=-1))
+        log_prob = jnp.where(state.ended, state.log_prob, _take(best, turn, rank))
         new = jnp.where(state.ended, pad_id, place % vocab)
         grown = jax.lax.dynamic_update_index_in_dim(_take(state.tokens, parents, rank), new, state.position, rank + 1)
         length = jnp.where(state.ended, state.length, state.position + 1)
@@ -161,9 +161,9 @@ def highest(scores: Float[Array, "*B V"], n: int) -> tuple[Float[Array, "*B n"],
         best, place = jax.lax.top_k(scores, n)
         return best, place
     blocks = scores.reshape(*batch, size // width, width)
-    chosen = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), n)[1], axis=-1)
-    best, place = jax.lax.top_k(_take(blocks, chosen, len(batch)).reshape(*batch, n * width), n)
-    return best, jnp.take_along_axis(chosen, place // width, axis=-1) * width + place % width
+    chosen, rank = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), n)[1]), len(batch)
+    best, place = jax.lax.top_k(_take(blocks, chosen, rank).reshape(*batch, n * width), n)
+    return best, _take(chosen, place // width, rank) * width + place % width
 
 
 def _spread(x: Array, rank: int, beam_size: int) -> Array:

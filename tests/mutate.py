@@ -482,6 +482,19 @@ def killed_before(report: Path) -> dict[str, Result]:
     return {str(result.mutant): result for result in found}
 
 
+def killed_of(results: list[Result]) -> float:
+    """The share of mutants that some test noticed."""
+    return sum(r.outcome in ("killed", "timeout") for r in results) / max(len(results), 1)
+
+
+def write_report(file: Path, results: list[Result]) -> None:
+    """After each mutant, so that `--since` may go on from a run that was stopped."""
+    rows = [asdict(r) | {"seconds": round(r.seconds, 3)} for r in results]
+    for row in rows:
+        del row["mutant"]["source"], row["mutant"]["lines"]
+    file.write_text(json.dumps({"score": killed_of(results), "results": rows}, indent=1) + "\n")
+
+
 def run(options: argparse.Namespace, listed: list[str]) -> int:
     """Tries the mutants that were asked for; 0 if enough are killed and every survivor is listed."""
     chosen, before = chosen_mutants(options), {} if options.since is None else killed_before(options.since)
@@ -492,6 +505,8 @@ def run(options: argparse.Namespace, listed: list[str]) -> int:
         for mutant in mutants:
             results.append(result := before.get(str(mutant)) or server.attempt(mutant))
             counts[result.outcome] += 1
+            if options.json:
+                write_report(options.json, results)
             if result.outcome != "killed":
                 note = ", not listed" if result.outcome == "survived" and str(mutant) not in listed else ""
                 print(f"{result.outcome}{note} (line {mutant.line})\n{mutant}\n", flush=True)
@@ -504,14 +519,9 @@ def run(options: argparse.Namespace, listed: list[str]) -> int:
     if options.sample is None and options.changed is None:  # then a listed one that was not tried is gone
         tried |= {text for text in listed if text.split(" |")[0] in chosen}
     wrong = [text for text in listed if text in tried and text not in survivors]
-    score = 1 - len(alive) / max(len(results), 1)
+    score = killed_of(results)
     print(f"{len(results)} mutants, {score:.1%} killed, {len(alive)} not, {len(unlisted)} of them not listed")
     print(*(f"listed as equivalent, but killed or gone:\n{text}" for text in wrong), sep="\n")
-    if options.json:
-        rows = [asdict(r) | {"seconds": round(r.seconds, 3)} for r in results]
-        for row in rows:
-            del row["mutant"]["source"], row["mutant"]["lines"]
-        options.json.write_text(json.dumps({"score": score, "results": rows}, indent=1) + "\n")
     return int((score < PASS_MARK and len(results) >= COUNTED_FROM) or bool(unlisted) or bool(wrong))
 
 

@@ -187,9 +187,15 @@ def test_four_slots_are_searched_and_the_best_is_given_unless_told_otherwise():
     assert equal == [True, False, False]
 
 
-@pytest.mark.parametrize(("going", "wins"), [(-1.38, True), (-1.5, False)])
-def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
-    """One ends at once with log P = -1 and score -1; one goes on for certain: -1.38 at 6 tokens is -0.96."""
+@pytest.mark.parametrize(
+    ("going", "length_penalty", "wins"),
+    [(-1.38, 0.6, True), (-1.5, 0.6, False), (-0.84, -1.0, False), (-0.9, -1.0, False)],
+)
+def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, length_penalty, wins):
+    """One ends at once with log P = -1 and score -1; one goes on for certain: -1.38 at 6 tokens is -0.96.
+
+    By a penalty of -1 it is best at 2 tokens, the next length: -0.84 becomes -0.98, and -0.9 becomes -1.05.
+    """
     rest = math.log((1 - math.exp(-1) - math.exp(going)) / 2)
     begins = jnp.zeros(5).at[jnp.asarray([EOS, 3, 0, 4])].set(jnp.asarray([-1, going, rest, rest]))
     begins = begins.at[1].set(-jnp.inf)
@@ -201,10 +207,12 @@ def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
         jax.debug.callback(lambda: steps.append(1))
         return step(tokens, cache)
 
-    found = beam_search(counted, jnp.ones(1, jnp.int32), jnp.zeros(1), max_length=6, beam_size=2)
+    found = beam_search(
+        counted, jnp.ones(1, jnp.int32), jnp.zeros(1), max_length=6, beam_size=2, length_penalty=length_penalty
+    )
     jax.effects_barrier()
     assert found.tokens.tolist() == [[[3] * 6 if wins else [EOS, *[PAD] * 5]]]
-    assert len(steps) == (6 if wins else 1)
+    assert len(steps) == (6 if wins else 2 if going == -0.84 else 1)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +221,7 @@ def test_what_goes_on_is_waited_for_as_long_as_it_may_win(going, wins):
         ([-np.inf, 0.0, 0.0, -np.inf], [[1] * 6], 6),  # of equals that in the first slot, for which one waits
         ([-np.inf, -np.inf, 0.0, -np.inf], [[EOS, *[PAD] * 5], [PAD] * 6], 1),  # nothing else is possible
         ([np.nan, 0.0, 0.0, 0.0], [[-1] * 6], 1),  # all is lost
+        ([0.0, 0.0, -np.inf, -np.inf], [[-1] * 6], 2),  # by one of two
     ],
 )
 def test_a_search_takes_as_many_steps_as_could_change_it(begins, tokens, taken):
@@ -220,7 +229,8 @@ def test_a_search_takes_as_many_steps_as_could_change_it(begins, tokens, taken):
 
     def step(last, cache):
         jax.debug.callback(lambda: steps.append(1))
-        return jnp.where((last == 3)[..., None], jnp.asarray(begins), certain), cache
+        then = jnp.where((last == 0)[..., None], jnp.nan, certain)
+        return jnp.where((last == 3)[..., None], jnp.asarray(begins), then), cache
 
     options = {"max_length": 6, "beam_size": 2, "n_best": len(tokens), "length_penalty": 0.0}
     found = beam_search(step, jnp.full(1, 3), jnp.zeros(1), **options)
@@ -249,6 +259,30 @@ def test_the_highest_scores_are_those_of_a_full_sort(batch, seed, size, n):
     best, place = jax.jit(highest, static_argnums=1)(scores, n)
     np.testing.assert_array_equal(place, order, strict=True)
     np.testing.assert_array_equal(best, np.take_along_axis(scores, order, axis=-1), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "looked_at"),
+    [(4096, [64, 256]), (256, [256]), (130, [65, 8]), (641, [641])],
+    ids=["blocks of 64", "as many blocks as are wanted", "blocks of 2", "a prime"],
+)
+def test_of_many_scores_a_few_blocks_are_looked_at(size, looked_at):
+    program = jax.make_jaxpr(lambda scores: highest(scores, 4))(jnp.zeros((2, 3, size)))
+    assert [e.invars[0].aval.shape[-1] for e in program.eqns if e.primitive.name == "top_k"] == looked_at
+
+
+@pytest.mark.parametrize("nothing", [-np.inf, np.inf])
+def test_where_a_step_allows_nothing_there_is_no_hypothesis(nothing):
+    """Logits that are all -inf, or all inf, are no distribution, and not NaN either."""
+    logits, first = np.stack([table(i) for i in range(3)]), firsts((3,), 0)
+    options = {"max_length": L, "beam_size": 2, "n_best": 2}
+    fine, shut = as_numpy(search(logits, first, **options)), logits.copy()
+    shut[1] = nothing
+    found = as_numpy(search(shut, first, **options))
+    assert (found.tokens[1] == PAD).all()
+    assert (found.scores[1] == -np.inf).all()
+    for row in (0, 2):
+        np.testing.assert_array_equal(found.tokens[row], fine.tokens[row])
 
 
 def test_ties_go_to_the_lowest_token():
@@ -370,6 +404,7 @@ def test_scores_of_narrow_models_are_exact_sums(dtype, wide):
     with jax.enable_x64(wide):
         logits, first = jnp.asarray(table(3), dtype), firsts((2,), 0)
         found = as_numpy(search(logits, first, max_length=L, beam_size=3))
+        assert found.scores.dtype == np.float32
         logits = np.asarray(logits, "float64")
     for row in range(2):
         value = score(logits, first[row], cut(found.tokens[row, 0]), 0.6)
