@@ -74,8 +74,11 @@ def blockwise_attention(
 
 def _block(mask: Mask | None) -> tuple[int, int]:
     """What proved fast: wide ones, but narrow ones where blocks can be skipped by position."""
-    span = (0, 0) if mask is None else mask.span(jnp.int32(0), jnp.int32(0), 1)
-    return (512, 2048) if all(isinstance(end, int) for end in span) else (512, 512)
+    return (512, 512) if _goes_by_position(mask) else (512, 2048)
+
+
+def _goes_by_position(mask: Mask | None) -> bool:
+    return mask is not None and mask.positional
 
 
 def _heads(q: Array, k: Array, block: tuple[int, int]) -> int:
@@ -236,18 +239,16 @@ class _Task:
 
     def columns_of(self, unit: Array, i: ArrayLike) -> tuple[int | Array, int | Array]:
         """From which to which column of blocks the queries of a row of blocks see anything, as far as masks tell."""
-        if self.fixed.mask is None:
+        if not _goes_by_position(self.fixed.mask):
             return 0, self.columns
         block, keys = self.block(unit, i, 0), self.whole.shape[-1]
         first = jnp.asarray(block.grid(self.whole).q_offset) + block.keys[0]
         begin, end = self.fixed.mask.span(first, first + self.height - 1, keys)
-        if isinstance(begin, int) and isinstance(end, int):
-            return 0, self.columns
         return jnp.maximum(begin, 0) // self.width, (jnp.minimum(end, keys) + self.width - 1) // self.width
 
     def rows_of(self, unit: Array, j: Array) -> tuple[int | Array, int | Array]:
         """The inverse of `columns_of`."""
-        if isinstance(self.columns_of(unit, 0)[0], int):
+        if not _goes_by_position(self.fixed.mask):
             return 0, self.rows
         begins, ends = jax.vmap(lambda i: self.columns_of(unit, i))(jax.lax.iota(jnp.int32, self.rows))
         meets = jnp.logical_and(begins <= j, j < ends)

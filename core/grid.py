@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
     def grid(self, whole: Grid) -> Grid:
         """The block's own cells, with positions counted from its first key."""
-        offset = 0 if whole.q_offset is None else self.cut(whole.offset()[..., 0, 0, 0], "")
+        offset = 0 if whole.q_offset is None else self.cut(whole.offset().squeeze((-3, -2, -1)), "")
         return Grid((self.heads[1], self.queries[1], self.keys[1]), offset + self.queries[0] - self.keys[0])
 
     def _place(self, shape: tuple[int, ...], axes: str) -> tuple[list[Array], list[int]]:

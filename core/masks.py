@@ -24,6 +24,8 @@ class Mask:
     """What masks have in common; with `&`, None stands for the mask that allows everything."""
 
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
+    positional = False
+    """Whether positions decide, so that `span` may leave keys out."""
 
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         """True where allowed, of the logits' rank, 1 where it broadcasts."""
@@ -58,6 +60,8 @@ class Causal(Mask):
     [[[1, 1, 0], [1, 1, 1]]]
     """
 
+    positional = True
+
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return grid.ahead() <= 0
 
@@ -74,6 +78,7 @@ class Window(Mask):
 
     left: int = dataclasses.field(metadata=STATIC)
     right: int = dataclasses.field(metadata=STATIC)
+    positional = True
 
     def __post_init__(self) -> None:
         check_window((self.left, self.right))
@@ -97,6 +102,7 @@ class Prefix(Mask):
     """The first `length` keys, which may differ by row: `Causal() | Prefix(n)` is a prefix language model."""
 
     length: Offset
+    positional = True
 
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         length = jnp.asarray(self.length)
@@ -172,6 +178,10 @@ class All(Mask):
 
     masks: tuple[Mask, ...]
 
+    @property
+    def positional(self) -> bool:
+        return any(mask.positional for mask in self.masks)
+
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return functools.reduce(jnp.logical_and, [mask.cells(grid) for mask in self.masks])
 
@@ -188,6 +198,10 @@ class Either(Mask):
     """What at least one of several masks allows: `a | b`."""
 
     masks: tuple[Mask, ...]
+
+    @property
+    def positional(self) -> bool:
+        return all(mask.positional for mask in self.masks)
 
     def cells(self, grid: Grid) -> Bool[Array, "..."]:
         return functools.reduce(jnp.logical_or, [mask.cells(grid) for mask in self.masks])

@@ -35,6 +35,7 @@ EQUIVALENTS = ROOT / "tests/mutation_equivalents.txt"
 _ATTENTION = [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]
 TESTS = {
     "core/attention.py": _ATTENTION,
+    "core/blockwise.py": ["tests/test_blockwise.py", "tests/test_attention_input.py"],
     "core/cache.py": ["tests/test_cache.py", "tests/test_step_attention.py"],
     "core/decoding.py": [f"tests/test_{name}.py" for name in ("decoding", "constraints", "sampling")],
     "core/grid.py": ["tests/test_masks.py", "tests/test_blockwise.py"],

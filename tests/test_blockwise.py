@@ -165,14 +165,15 @@ def test_the_cotangent_of_a_query_that_sees_nothing_may_be_anything(case, seed):
     jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
-def test_without_rows_queries_or_keys_the_output_is_empty_or_zero(shape):
-    rows, queries, keys = shape
-    sizes = [(rows, queries, 2, 5), (rows, keys, 2, 5), (rows, keys, 2, 3)]
+@pytest.mark.parametrize("empty", ["rows", "queries", "keys", "heads", "width"])
+def test_without_rows_queries_keys_heads_or_width_the_output_is_empty_or_zero(empty):
+    sizes = {"rows": 2, "queries": 4, "keys": 3, "heads": 2, "width": 3} | {empty: 0}
+    rows, queries, keys, heads, width = sizes.values()
+    sizes = [(rows, queries, heads, 5), (rows, keys, heads or 1, 5), (rows, keys, heads or 1, width)]
     inputs = [np.random.default_rng(i).standard_normal(size).astype("float32") for i, size in enumerate(sizes)]
     for got in (materialised, blockwise_attention):
         out = got(*map(jnp.asarray, inputs))
-        np.testing.assert_array_equal(out, np.zeros((rows, queries, 2, 3), "float32"), strict=True)
+        np.testing.assert_array_equal(out, np.zeros((rows, queries, heads, width), "float32"), strict=True)
 
 
 @given(attention_cases(shapes, ["mask causal"]), seeds)
@@ -245,6 +246,16 @@ def test_a_masks_part_is_the_part_of_the_mask(shape, seed):
         np.testing.assert_array_equal(np.broadcast_to(got, part.shape), part)
 
 
+def test_a_block_is_found_without_a_look_for_places_that_count_from_the_end():
+    x = jnp.zeros((2, 3, 4, 5))
+
+    def added(row, head, query, key):
+        return Block((row,), (head, 1), (query, 2), (key, 3)).add(x, jnp.ones((1, 2, 3)), "NTS")
+
+    program = jax.make_jaxpr(added)(*[jnp.int32(0)] * 4)
+    assert not {"lt", "select_n"} & {equation.primitive.name for equation in program.eqns}
+
+
 @given(shapes, seeds, st.integers(-3, 9), st.sampled_from([0, 1, 3, 2**31 - 1]), st.sampled_from([0, 1, 2**31 - 1]))
 def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, right):
     prefix = Prefix(seed % (shape.S + 1))
@@ -267,10 +278,9 @@ def test_spans_hold_at_the_last_position():
         assert int(mask.span(last, last, 8)[1]) == 8
 
 
-@pytest.mark.parametrize(("mask", "visits"), [(Causal(), 10), (Window(2, 0), 7), (Prefix(3), 8), (~Causal(), 16)])
-def test_blocks_that_no_position_may_see_are_not_computed(mask, visits, monkeypatch):
-    """Of 4 x 4 blocks, forward and backward."""
-    seen = {"gather": 0, "pull": 0}
+def counted_visits(monkeypatch, *methods):
+    """How often each of these methods of a task has run."""
+    seen = dict.fromkeys(methods, 0)
 
     def counted(name, method):
         def call(*args):
@@ -279,13 +289,65 @@ def test_blocks_that_no_position_may_see_are_not_computed(mask, visits, monkeypa
 
         return call
 
-    for name in seen:
+    for name in methods:
         monkeypatch.setattr(blockwise._Task, name, counted(name, getattr(blockwise._Task, name)))
+    return seen
+
+
+@pytest.mark.parametrize(("mask", "visits"), [(Causal(), 10), (Window(2, 0), 7), (Prefix(3), 8), (~Causal(), 16)])
+def test_blocks_that_no_position_may_see_are_not_computed(mask, visits, monkeypatch):
+    """Of 4 x 4 blocks, forward and backward."""
+    seen = counted_visits(monkeypatch, "gather", "pull")
     q, k, v = map(jnp.asarray, qkv(AttentionShape((1,), 8, 8, 1, 1, 2, 2), 0))
     attend = lambda q: blockwise_attention(q, k, v, mask=mask, block=(2, 2)).sum()
     jax.block_until_ready(jax.grad(attend)(q))
     jax.effects_barrier()
     assert seen == {"gather": visits, "pull": visits}
+
+
+NARROW, WIDE = (512, 512), (512, 2048)
+
+
+@pytest.mark.parametrize(
+    ("composed", "block"),
+    [
+        (lambda real: Causal(), NARROW),
+        (lambda real: Window(600, 600), NARROW),
+        (lambda real: Prefix(3), NARROW),
+        (lambda real: Causal() & real, NARROW),
+        (lambda real: Causal() | real, WIDE),
+        (lambda real: ~Causal(), WIDE),
+        (lambda real: real & ~real, WIDE),
+        (lambda real: None, WIDE),
+    ],
+)
+def test_blocks_are_narrow_where_positions_may_rule_them_out(composed, block):
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 4), jnp.float32)
+    mask = composed(Padding(jnp.ones((1, 1024), bool)))
+    text = lambda **kw: jax.jit(functools.partial(blockwise_attention, mask=mask, **kw)).lower(x, x, x).as_text()
+    assert text() == text(block=block)
+    assert (text() == text(block=NARROW)) is (block == NARROW)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "key_heads", "block", "visits"),
+    [
+        (8, 8, 4, 4, (4, 4), 2 * 4),
+        (8, 8, 3, 3, (4, 4), 3 * 4),
+        (8, 8, 4, 2, (4, 4), 4 * 4),
+        (512, 1024, 2, 2, (1024, 512), 1 * 2),
+        (1024, 512, 2, 2, (1024, 512), 2 * 1),
+        (513, 512, 2, 2, (513, 513), 2 * 1),
+    ],
+)
+def test_two_heads_are_computed_at_a_time_where_blocks_are_small(
+    queries, keys, heads, key_heads, block, visits, monkeypatch
+):
+    seen = counted_visits(monkeypatch, "gather")
+    q, k = jnp.zeros((1, queries, heads, 2)), jnp.zeros((1, keys, key_heads, 2))
+    jax.block_until_ready(blockwise_attention(q, k, k, block=block))
+    jax.effects_barrier()
+    assert seen == {"gather": visits}
 
 
 # what it is for
