@@ -80,7 +80,7 @@ def dot_product_attention(
     >>> dot_product_attention(q, k, v, causal=True).shape
     (2, 5, 4, 8)
     """
-    _check_implementation(implementation)
+    check_implementation(implementation)
     check_queries(q, k)
     if implementation is None:
         implementation = "blockwise" if q.shape[-3] * k.shape[-3] >= _BLOCKWISE_FROM else "materialised"
@@ -96,7 +96,8 @@ def dot_product_attention(
     return _materialised(q, k, v, rules)
 
 
-def _check_implementation(implementation: str | None) -> None:
+def check_implementation(implementation: str | None) -> None:
+    """ValueError unless it is one of `IMPLEMENTATIONS`, or None."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
 
@@ -112,7 +113,7 @@ def attention_with_weights(
     **rules: Unpack[Rules],
 ) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B N T S"]]:
     """`dot_product_attention` and the weights it used, as they were before dropout: materialised, whatever is named."""
-    _check_implementation(implementation)
+    check_implementation(implementation)
     check_queries(q, k)
     check_values(k, v)
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)

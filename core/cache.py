@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from core.attention import Rules, dot_product_attention
+from core.attention import Rules, check_implementation, dot_product_attention
 from core.layers import known_values
+from core.logits import check_rules, check_values
 from core.masks import Offset, Padding, Prefix, causal_or_prefix
 from core.step_attention import step_attention
 
@@ -79,9 +80,17 @@ def append(cache: KVCache, k: Float[Array, "*B T K H"], v: Float[Array, "*B T K 
                 f"{name} must fit the cache in all but its length, got {new.dtype}{list(new.shape)} "
                 f"for a cache of {slots.dtype}{[*batch, room, heads, width]}"
             )
+    check_values(k, v)
     capacity, added = cache.slots.k.shape[-2], k.shape[-3]
     length = cache.length
+    if length.shape != k.shape[:-3] or not jnp.issubdtype(length.dtype, jnp.signedinteger):
+        raise ValueError(
+            f"a cache's length must be an int32 for each row {list(k.shape[:-3])}, "
+            f"got {length.dtype}{list(length.shape)}"
+        )
     known = known_values(length)
+    if known is not None and (known < 0).any():
+        raise ValueError(f"a cache's length must be at least 0, got {known.min()}")
     filled = 0 if known is None else int(known.max(initial=0))
     if filled + added > capacity:
         raise ValueError(
@@ -151,6 +160,10 @@ def cached_attention(
     The first `prefix` tokens see each other, if they come at once. Of `rules`, a mask or bias meets the cache's slots
     as keys.
     """
+    if taken := {"causal", "q_offset"} & rules.keys():
+        raise TypeError(f"attention with a cache is causal by its length: {', '.join(sorted(taken))} go without")
+    if q.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"q and k must be of the same new tokens [*B, T], got q {q.shape}, k {k.shape}")
     appended = append(cache, k, v)
     mask = causal_or_prefix(prefix)
     if prefix is not None:
@@ -173,6 +186,8 @@ def slot_attention(
 
     Where the slots are one for all beams, `[*B, 1, K, S, H]`, no rule may go by position.
     """
+    check_implementation(implementation)
+    check_rules(rules)  # dropout is none: it would depend on how many queries come at once
     if q.shape[:-3] != slots.k.shape[:-3]:
         queries = q.swapaxes(-3, -4)  # the beams are the queries of their row
         return slot_attention(queries, slots, implementation=implementation, **rules).swapaxes(-3, -4)

@@ -78,7 +78,7 @@ class Block(NamedTuple):
     def _place(self, shape: tuple[int, ...], axes: str) -> tuple[list[Array], list[int]]:
         places = {"N": self.heads, "T": self.queries, "S": self.keys}
         batch, rest = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
-        rows = [(0 if length == 1 else index, 1) for index, length in zip(self.row[: len(batch)], batch, strict=True)]
+        rows = [(index, 1) for index in self.row[: len(batch)]]  # clamped to the only row where the length is 1
         cells = [
             (0, length) if length == 1 or axis not in places else places[axis]
             for axis, length in zip(axes, rest, strict=True)

@@ -1,9 +1,11 @@
 """The logits of attention, and who may see whom: what all its implementations share, so that all accept the same."""
 
 import math
+from numbers import Real
 from typing import TypedDict, Unpack
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from core.config import check_window
@@ -54,8 +56,6 @@ def completed_logits(
 ) -> Float[Array, "*B N T S"]:
     """The scaled products, capped, with all that is added to them."""
     cap, logits = rules.get("soft_cap"), products
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"soft_cap must be a finite number above 0, or None for no cap, got {cap}")
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
     if (relative := rules.get("relative")) is not None:
@@ -92,6 +92,7 @@ def allowed_keys(
     q: Float[Array, "*B T N H"], k: Float[Array, "*B S K H"], **rules: Unpack[Rules]
 ) -> Bool[Array, "..."] | None:
     """Which keys each query may see, broadcastable to `[*B, N, T, S]`; None: all of them."""
+    check_rules(rules)
     grid, bias = logits_grid(q, k, rules), rules.get("bias")
     mask = combine(given_mask(rules), None if bias is None else _not_blocked(bias, grid))
     return None if mask is None else mask.cells(grid)
@@ -128,6 +129,24 @@ def weighted_values(
     out = (grouped @ v_first).reshape(*batch, heads, queries, v.shape[-1])
     out = out if total is None else out / total.astype(dtype)
     return out.swapaxes(-2, -3).astype(v.dtype)
+
+
+def check_rules(rules: Rules) -> None:
+    """TypeError or ValueError for a rule that there is not, and for a value that is of no use to any attention."""
+    if unknown := sorted(rules.keys() - Rules.__annotations__.keys()):
+        raise TypeError(f"attention has no rule {', '.join(unknown)}; the rules are {', '.join(Rules.__annotations__)}")
+    causal, relative, scale, cap = (rules.get(name) for name in ("causal", "relative", "scale", "soft_cap"))
+    if not isinstance(causal, bool | np.bool | None):
+        raise TypeError(f"causal must be True or False, got {causal!r}; an array goes into mask=")
+    if not isinstance(relative, Relative | None):
+        raise TypeError(f"relative must be one of core.relative, such as ALiBi(), or None, got {relative!r}")
+    for name in ("bias", "sinks"):
+        if not isinstance(rules.get(name), Array | np.ndarray | None):
+            raise TypeError(f"{name} must be an array or None, got {rules.get(name)!r}")
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number, or None for 1 / sqrt(H), got {scale}; scale q by an array")
+    if cap is not None and not (isinstance(cap, Real) and 0 < cap < math.inf):
+        raise ValueError(f"soft_cap must be a finite number above 0, or None for no cap, got {cap}")
 
 
 def check_queries(q: Array, k: Array) -> None:

@@ -54,7 +54,7 @@ def step_attention(
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
         seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
-        out = jax.lax.cond(all_finite(out), lambda: out, lambda: jnp.where(finite, out, seen()))
+        out = jax.lax.cond(all_finite(jax.lax.stop_gradient(out)), lambda: out, lambda: jnp.where(finite, out, seen()))
     return with_relative_values(out, exponentials, total, grid, rules)
 
 

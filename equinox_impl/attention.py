@@ -106,14 +106,16 @@ class MultiHeadAttention(eqx.Module):
         k, v = memory if isinstance(memory, KeysValues) else self.keys_values(read if memory is None else memory)
         if memory is None:
             before = None if cache is None else cache.length
-            rules["q_offset"] = 0 if history is None else history.shape[-2]
+            offset = 0 if history is None else history.shape[-2]
+            if cache is None:
+                rules["q_offset"] = offset
             rules["relative"] = relative if self.relative is None else self.relative()
             rules["window"] = self.config.attention_window
             if self.config.positions == "alibi":
                 rules["relative"] = ALiBi()
             if self.config.positions == "rotary":
                 settings = rotary_settings(self.config)
-                q = rotary(q, position_ids(x, rules["q_offset"] if before is None else before), **settings)
+                q = rotary(q, position_ids(x, offset if before is None else before), **settings)
                 k = rotary(k, position_ids(read, before), **settings)
         if cache is not None:
             out, extra = cached_attention(

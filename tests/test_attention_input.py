@@ -11,7 +11,10 @@ from core.attention import (
     split_heads,
     weighted_values,
 )
+from core.blockwise import blockwise_attention
 from core.masks import Causal, Padding, Prefix, Segments, Window
+from core.relative import ALiBi
+from core.step_attention import step_attention
 from tests.strategies import AttentionShape, qkv
 from tests.test_attention import gaussian
 
@@ -75,6 +78,19 @@ BAD = {
     "soft cap < 0": ({"soft_cap": -2.0}, ValueError, "soft_cap must be .*got -2.0"),
     "soft cap NaN": ({"soft_cap": float("nan")}, ValueError, "soft_cap must be .*got nan"),
     "soft cap without end": ({"soft_cap": float("inf")}, ValueError, "soft_cap must be .*got inf"),
+    "soft cap an array": ({"soft_cap": jnp.ones(())}, ValueError, "soft_cap must be a finite number above 0, or None"),
+    "scale NaN": ({"scale": float("nan")}, ValueError, "scale must be a finite number, or None for .*got nan"),
+    "scale without end": ({"scale": float("-inf")}, ValueError, "scale must be a finite number.*got -inf"),
+    "scale by feature": (
+        {"scale": jnp.ones(2)},
+        ValueError,
+        r"scale must be a finite number.*got \[1. 1.\]; scale q by",
+    ),
+    "causal no": ({"causal": "no"}, TypeError, "causal must be True or False, got 'no'"),
+    "relative by name": ({"relative": "alibi"}, TypeError, r"relative must be one of core.relative.*got 'alibi'"),
+    "relative as a class": ({"relative": ALiBi}, TypeError, r"relative must be one of .* such as ALiBi\(\).*<class"),
+    "bias a list": ({"bias": [[0.0]]}, TypeError, r"bias must be an array or None, got \[\[0.0\]\]"),
+    "sinks a number": ({"sinks": 0.0}, TypeError, "sinks must be an array or None, got 0.0"),
     "sinks of key heads": ({"sinks": jnp.ones(2)}, ValueError, r"one logit for each of N=4 heads, got float32 \(2,\)"),
     "sinks by row": ({"sinks": jnp.ones((2, 4))}, ValueError, r"one logit for each of N=4 heads.*\(2, 4\)"),
     "one sink": ({"sinks": jnp.ones(())}, ValueError, r"one logit for each of N=4 heads.*float32 \(\)"),
@@ -125,6 +141,20 @@ def test_every_way_to_ask_refuses_the_same(name, untyped):
     for call in calls:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "attend", [attention_with_weights, attention_weights, allowed_keys, blockwise_attention, step_attention]
+)
+@pytest.mark.parametrize("wrong", [{"casual": True}, {"windows": (0, 0), "causal": True}, {"msk": None}])
+def test_a_rule_that_there_is_not_is_never_ignored(attend, wrong, untyped):
+    rules = small(**wrong)
+    q, k, v = (rules.pop(name) for name in "qkv")
+    values = () if attend in (attention_weights, allowed_keys) else (v,)
+    with pytest.raises(
+        TypeError, match=f"attention has no rule {min(wrong.keys() - {'causal'})}; the rules are mask, "
+    ):
+        attend(q, k, *values, **rules)
 
 
 @pytest.mark.parametrize("wrong", [(3, 3), (3,), (1, 3, 3), (1, 3, 1, 3, 3), (1, 1, 1, 1, 3)])

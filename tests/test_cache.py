@@ -271,6 +271,36 @@ def test_keys_of_another_shape_or_dtype_are_refused(name, untyped):
             append(empty(SHAPES[0], 6), *arrays)
 
 
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (jnp.zeros((), jnp.int32), r"an int32 for each row \[2\], got int32\[\]"),
+        (jnp.zeros(3, jnp.int32), r"an int32 for each row \[2\], got int32\[3\]"),
+        (jnp.zeros(2), r"an int32 for each row \[2\], got float32\[2\]"),
+        (jnp.zeros(2, jnp.uint32), r"an int32 for each row \[2\], got uint32\[2\]"),
+        (jnp.asarray([0, -1], jnp.int32), "a cache's length must be at least 0, got -1"),
+    ],
+)
+def test_a_length_that_no_cache_has_is_refused(length, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        append(empty(SHAPES[0], 6)._replace(length=length), jnp.ones((2, 1, 2, 4)), jnp.ones((2, 1, 2, 4)))
+
+
+@pytest.mark.parametrize(("queries", "keys", "values"), [(2, 3, 3), (3, 1, 1), (1, 2, 2), (3, 3, 2)])
+def test_new_queries_keys_and_values_are_of_the_same_tokens(queries, keys, values, untyped):
+    arrays = [jnp.ones((2, length, 2, 4)) for length in (queries, keys, values)]
+    message = "k and v must agree in all axes but the last" if keys != values else "the same new tokens.*, got q"
+    with pytest.raises(ValueError, match=message):
+        cached_attention(*arrays, empty(SHAPES[0], 6))
+
+
+@pytest.mark.parametrize("rule", [{"causal": False}, {"q_offset": 99}])
+def test_rules_that_the_cache_decides_are_refused(rule, untyped):
+    arrays = [jnp.ones((2, 1, 2, 4))] * 3
+    with pytest.raises(TypeError, match=f"causal by its length: {next(iter(rule))} go without"):
+        cached_attention(*arrays, empty(SHAPES[0], 6), **rule)
+
+
 def test_lengths_stay_int32_where_numbers_are_wide(x64):
     cache = append(empty(SHAPES[0], 6), jnp.ones((2, 1, 2, 4), "float32"), jnp.ones((2, 1, 2, 4), "float32"))
     assert cache.length.dtype == jnp.int32

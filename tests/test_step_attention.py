@@ -80,6 +80,40 @@ def test_one_query_gets_what_the_general_form_gives(name, seed):
         np.testing.assert_allclose(step(*arrays, **rules), whole(*arrays, **rules), rtol=0, atol=1e-12)
 
 
+@every_rule
+@pytest.mark.parametrize("owned", [False, True])
+@settings(max_examples=1)
+@given(seed=seeds)
+def test_one_query_has_the_gradients_of_the_general_form(owned, name, seed):
+    """By queries, keys, values and all that is learned."""
+    with jax.enable_x64(True):
+        rules, _ = given_rules(name, seed)
+        leaves, tree = jax.tree.flatten((rules, *map(jnp.asarray, qkv(SHAPE, seed))), is_leaf=lambda x: x is None)
+        learn = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)]
+        owners = jnp.asarray(drawn_owners(seed)) if owned else None
+        cotangent = jnp.asarray(np.random.default_rng([seed, 6]).standard_normal((2, 3, 1, 4, 3)))
+
+        def of_all(attend, learned):
+            given = leaves.copy()
+            for i, x in zip(learn, learned, strict=True):
+                given[i] = x
+            rules, q, k, v = jax.tree.unflatten(tree, given)
+            return (attend(q, k, v, **rules) * cotangent).sum()
+
+        def general(q, k, v, **rules):
+            own = lambda x: x if owners is None else jnp.take_along_axis(x, owners[..., None, None], axis=1)
+            return dot_product_attention(q, own(k), own(v), **rules)
+
+        gradients = jax.jit(
+            lambda learned: [
+                jax.grad(functools.partial(of_all, attend))(learned)
+                for attend in (functools.partial(step_attention, owners=owners), general)
+            ]
+        )
+        for got, wanted in zip(*gradients([leaves[i].astype(jnp.float64) for i in learn]), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
 @given(seed=seeds, owned=st.booleans())
 @few
 def test_without_a_rule_all_keys_are_seen(seed, owned):
@@ -251,3 +285,21 @@ def test_the_form_of_attention_that_is_asked_for_is_passed_on():
         call(implementation="blockwise")
         with pytest.raises(ValueError, match="implementation must be None or one of"):
             call(implementation="dense")
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_what_is_accepted_does_not_depend_on_how_many_come_at_once(queries, untyped):
+    q, k, v = map(jnp.asarray, qkv(SHAPE._replace(T=queries), 0))
+    slots = as_slots(KeysValues(k, v))
+    cache = KVCache(Slots(*map(jnp.zeros_like, slots)), jnp.zeros((2, 3), jnp.int32))
+    for call in (
+        functools.partial(slot_attention, q, slots),
+        functools.partial(cached_attention, q, k[:, :, :queries], v[:, :, :queries], cache),
+    ):
+        for wrong in ({"wndow": (1, 0)}, {"dropout_rate": 0.9, "dropout_key": jax.random.key(0)}):
+            with pytest.raises(
+                TypeError, match=f"attention has no rule {', '.join(sorted(wrong))}; the rules are mask"
+            ):
+                call(**wrong)
+        with pytest.raises(ValueError, match="implementation must be None or one of"):
+            call(implementation="fast")
