@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := .venv-torch
 
-.PHONY: compare test test-slow test-install test-torch test-docs mutation docs notebooks pictures lint format types check bench \
-        hooks lock clean
+.PHONY: compare test test-slow test-install test-torch test-docs nightly mutation docs notebooks pictures lint format types check \
+        bench hooks lock clean
 
 compare: $(READY)
 	$(BIN)/isoformer compare
@@ -35,6 +35,9 @@ notebooks: $(VENV)/.docs-ready
 
 pictures: $(READY)
 	$(BIN)/python docs/draw.py
+
+nightly: $(READY)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 mutation: $(READY)
 	$(BIN)/python -m tests.mutate $(FILES)

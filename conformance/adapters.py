@@ -6,6 +6,7 @@ may be traced: the kit then compiles it, and takes its gradients.
 """
 
 import contextlib
+import difflib
 import functools
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -34,13 +35,24 @@ class Adapter:
     kind: ClassVar[str]
     flags: ClassVar[dict[str, str]]
 
+    needs: ClassVar[dict[str, str | None]] = {"function": None}
+    """What must be callable, and the flag that asks for it, or None."""
+
     def __post_init__(self):
+        named = f"{type(self).__name__} {self.name!r}"
+        if isinstance(self.can, str):
+            raise TypeError(f"the flags of {named} must be a set of names, got {self.can!r}; give {{{self.can!r}}}")
         object.__setattr__(self, "can", frozenset(self.can))
-        if unknown := self.can - self.flags.keys():
+        if unknown := sorted(self.can - self.flags.keys()):
+            meant = difflib.get_close_matches(unknown[0], self.flags, 1)
             raise ValueError(
-                f"{type(self).__name__} {self.name!r} can do {sorted(unknown)}, which is unknown; "
+                f"{named} can do {unknown}, which is unknown; {f'perhaps {meant[0]!r} is meant; ' if meant else ''}"
                 f"the flags are {', '.join(sorted(self.flags))}"
             )
+        for part, flag in self.needs.items():
+            if (flag is None or flag in self.can) and not callable(getattr(self, part)):
+                because = "" if flag is None else f", for it has the flag {flag!r}"
+                raise TypeError(f"{named} needs a {part} that can be called{because}, got {getattr(self, part)!r}")
 
     def __call__(self, *arrays, **options):
         with self.context():
@@ -60,6 +72,20 @@ class Adapter:
         """The gradients of <cotangent, function(*arrays)> by each of the arrays."""
         with self.context():
             return as_numpy(self._pulled(cotangent, *arrays, **options))
+
+    def careful(self, *arrays, **options):
+        """The call and its gradients, operation by operation: raises where NaN is made, or a key is used twice."""
+        import jax
+
+        from conformance.stepwise import stepwise
+
+        def both(*arrays):
+            out, pull = jax.vjp(lambda *x: self.function(*x, **options), *arrays)
+            return out, *pull(jax.numpy.ones_like(out))
+
+        options = on_device(options)
+        with jax.debug_key_reuse(True), self.context():
+            return as_numpy(stepwise(both, *on_device(arrays)))
 
     def wide(self) -> AbstractContextManager:
         """Where float64 is float64."""
@@ -188,6 +214,7 @@ class WeightsFile(Adapter):
 
     load: Callable[..., Any] = None  # type: ignore[assignment]
 
+    needs: ClassVar = {"function": None, "load": None}
     kind = "weights file"
     flags: ClassVar = {
         "bfloat16": ANY_FUNCTION["bfloat16"],
@@ -210,6 +237,10 @@ class Cache(Adapter):
     select: Callable[..., Any] | None = None
     truncate: Callable[..., Any] | None = None
 
+    needs: ClassVar = {
+        **dict.fromkeys(("function", "start", "full")),
+        **{"select": "reorder", "truncate": "truncate"},
+    }
     kind = "cache"
     flags: ClassVar = {
         "chunks": "T above 1 in a step",
@@ -224,7 +255,37 @@ class Cache(Adapter):
             return np.asarray(out), state
 
 
-KINDS = (Attention, Norm, Rotary, Dropout, Sinusoid, Buckets, Slopes, RelativeShift, Loss, WeightsFile, Cache)
+class Search(Adapter):
+    """function(table [B, L, V, V], first int32 [B], *, max_length, beam_size, eos, pad, **options) -> int [B, L].
+
+    Beam search, L = max_length: of each row the best hypothesis, with its end token `eos`, then padding. The model is
+    the table: after a row was fed the tokens t_0 = first, t_1, ..., t_n, the logits of the next one are
+    table[row, n, (t_n + t_0 + t_1 + ... + t_n) % V]. So the sum is the cache, and it must follow its hypothesis.
+    """
+
+    kind = "beam search"
+    flags: ClassVar = {
+        "jax": ANY_FUNCTION["jax"],
+        "length penalty": "length_penalty=a: the score is log P / ((5 + length) / 6)^a; without it, log P",
+    }
+
+
+class Sampling(Adapter):
+    """function(logits [B, V], *, seed (a uint32), **options) -> int [B]: one token a row, each drawn by itself."""
+
+    kind = "sampling"
+    flags: ClassVar = {
+        "jax": ANY_FUNCTION["jax"],
+        "temperature": "temperature=, above 0",
+        "top k": "top_k=, from 1 to V",
+        "top p": "top_p=, above 0 and at most 1; all flags that are set also together",
+    }
+
+
+KINDS = (
+    Attention, Norm, Rotary, Dropout, Sinusoid, Buckets, Slopes, RelativeShift, Loss, WeightsFile, Cache, Search,
+    Sampling,
+)  # fmt: skip
 
 
 def separate(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

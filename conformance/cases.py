@@ -52,6 +52,7 @@ OBLONG = [
 LONG = Shape((1,), 3, 130, 2, 1, 4, 4)
 """Longer than the blocks of 64 or 128 keys that kernels work in."""
 FEW = [SQUARE[0], SQUARE[1], OBLONG[0]]
+WINDOWS = [(1, 1), (2, 0), (0, 1), (1, 2)]
 
 
 class Case(NamedTuple):
@@ -102,7 +103,7 @@ def drawn_options(shape: Shape, seed: int, names: tuple[str, ...], live: bool) -
     if "causal" in names:
         options["causal"] = True
     if "window" in names:
-        options["window"] = (1, 1)
+        options["window"] = WINDOWS[rng.integers(len(WINDOWS))]
     if "offset" in names:
         options["q_offset"] = rng.integers(0, max(1, shape.S - shape.T + 1), shape.batch, "int32")
     if "scale" in names:
@@ -156,6 +157,31 @@ def offered(adapter: Attention) -> list[tuple[str, ...]]:
     if "combined" in adapter.can and len(single) > 1:
         found.append(tuple(single))
     return found
+
+
+def any_options():
+    """Cases under some of all the options that the adapter takes: each often given and often not, beside each other.
+
+    An adapter that takes none beside another gets one at a time.
+    """
+    flags = ("mask", "blocking bias", "causal", "window", "offset", "scale", "soft cap", "sinks")
+
+    def strategy(adapter: Attention):
+        names = [name for name in flags if name.removeprefix("blocking ") in adapter.can]
+
+        def build(shape, seed):
+            rng = np.random.default_rng([seed, 11])  # Hypothesis would give mostly few of them, and the same
+            count = rng.integers(len(names) + 1) if "combined" in adapter.can else min(1, len(names))
+            chosen = {str(name) for name in rng.permutation(names)[:count]}
+            if not chosen & {"causal", "window"}:
+                chosen.discard("offset")
+            elif shape.T != shape.S and "offset" not in chosen:
+                chosen -= {"causal", "window"}
+            return make_case(shape.within(adapter), seed, tuple(sorted(chosen)))
+
+        return st.builds(build, st.sampled_from([SQUARE[1], OBLONG[0], OBLONG[1]]), seeds)
+
+    return strategy
 
 
 def any_rules(shapes: list[Shape] = FEW, live: bool = True):

@@ -10,6 +10,13 @@ from rich.console import Console
 from conformance import report, suite
 
 
+def _writable(path: Path | None) -> Path | None:
+    """Before minutes are spent on what could not be written."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path} needs the folder {path.parent}, which is not there; make it first")
+    return path
+
+
 def conform(
     targets: Annotated[
         list[str] | None,
@@ -17,8 +24,12 @@ def conform(
             help="Adapters as pkg.module:name, or a tuple of them.", show_default="this project's and the peers'"
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything, snippets included.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write one page, HTML or, for a name in .md, Markdown.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_writable, help="Write everything, snippets included.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=_writable, help="Write one page, HTML or, for a name in .md, Markdown.")
+    ] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Cases that each law is tried on.")] = 25,
     museum: Annotated[
         bool, typer.Option("--museum", help="Judge the kit itself: known bugs must be rejected, right ones must pass.")
@@ -41,7 +52,7 @@ def conform(
     except suite.TargetError as error:
         Console(stderr=True).print(f"isoformer: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    report.as_text(columns, absent, console)
+    report.as_text(columns, absent, console, snippets=bool(targets))
     if museum:
         report.kills_as_text(kills, console)
     if json_file is not None:
@@ -60,7 +71,7 @@ def conform(
 
 def _subjects(targets: list[str] | None, museum: bool) -> tuple[list[suite.Subject], list[str]]:
     if museum:
-        return suite.right_attentions(), []
+        return suite.right(), []
     if not targets:
         return suite.shipped()
     return [subject for target in targets for subject in suite.load(target)], []

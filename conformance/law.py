@@ -56,6 +56,15 @@ class Failure:
     calls: tuple[Call, ...]
     raised: bool
 
+    @property
+    def configuration(self) -> str:
+        """What went into the last call: shapes of arrays, and all else as it was."""
+        if not self.calls:
+            return f"case {self.case!r}"
+        call = self.calls[-1]
+        arrays, options = map(described, call.arrays), (f"{k}={described(x)}" for k, x in call.options.items())
+        return f"{call.method or 'called'} with {', '.join([*arrays, *options])}"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -175,7 +184,11 @@ class Recorder:
 
     def __getattr__(self, name):
         value = getattr(self._adapter, name)
-        return self._recorded(name, value) if name in ("eager", "mapped", "pull_back", "load", "full") else value
+        return (
+            self._recorded(name, value)
+            if name in ("eager", "careful", "mapped", "pull_back", "load", "full")
+            else value
+        )
 
     def __call__(self, *arrays, **options):
         return self._recorded("", self._adapter)(*arrays, **options)
@@ -191,6 +204,14 @@ class Recorder:
             return result
 
         return call
+
+
+def described(x: Any) -> str:
+    """An array by its dtype and shape, a number as it is, and what is neither by its type."""
+    if isinstance(x, np.ndarray):
+        return f"{x.dtype}{list(x.shape)}"
+    plain = isinstance(x, np.generic | int | float | str | tuple | None)
+    return str(x) if plain else type(x).__name__
 
 
 class _FoundError(Exception):

@@ -17,7 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conform", action="append", default=[], metavar="TARGET", help="an adapter, pkg.module:name")
     group.addoption("--conform-skips", metavar="FILE", help="patterns of laws to skip")
     group.addoption("--conform-xfails", metavar="FILE", help="patterns of laws that are known to fail")
-    group.addoption("--conform-max-examples", type=int, default=25, metavar="N", help="cases for each law")
+    group.addoption("--conform-max-examples", type=_count, default=25, metavar="N", help="cases for each law")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError  # argparse says which option, and what came
+    return int(text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +66,7 @@ class LawItem(pytest.Item):
     def __init__(self, *, law, adapter, target, **more):
         super().__init__(**more)
         self.law, self.adapter, self.target = law, adapter, target
-        self.max_examples = int(self.config.getoption("--conform-max-examples") or 25)
+        self.max_examples = self.config.getoption("--conform-max-examples")
 
     def runtest(self) -> None:
         from conformance.law import judge
@@ -72,7 +78,8 @@ class LawItem(pytest.Item):
         if verdict.status == "differs":
             pytest.xfail(f"differs by design: {verdict.convention}")
         if verdict.failure is not None:
-            raise LawBrokenError(f"{verdict.failure.message}\n\n{snippet(self.target, verdict)}")
+            failure = verdict.failure
+            raise LawBrokenError(f"{failure.message}\n{failure.configuration}\n\n{snippet(self.target, verdict)}")
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if isinstance(excinfo.value, LawBrokenError) else super().repr_failure(excinfo, style)

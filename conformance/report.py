@@ -49,8 +49,8 @@ def explained(verdict: Verdict) -> str:
     return verdict.failure.message if verdict.failure else ""
 
 
-def as_text(columns: list[Column], absent: list[str], console: Console) -> None:
-    """Prints a table for each kind, and below it what differs."""
+def as_text(columns: list[Column], absent: list[str], console: Console, *, snippets: bool = False) -> None:
+    """Prints a table for each kind, and below it what differs, in the smallest case; with `snippets` code for it."""
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
     for kind, group in by_kind(columns):
         table = Table(title=f"Laws of {kind}", caption=LEGEND)
@@ -65,6 +65,11 @@ def as_text(columns: list[Column], absent: list[str], console: Console) -> None:
         for column, verdict in notes(group):
             line = f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
             console.print(line, style=STYLES[verdict.status], markup=False, highlight=False)
+            if verdict.failure is not None:
+                console.print(f"    {verdict.failure.configuration}", markup=False, highlight=False)
+                if snippets:
+                    code = snippet(column.subject.target, verdict)
+                    console.print(f"\n{code}", markup=False, highlight=False, soft_wrap=True)
     for package in absent:
         console.print(f"{package}: not installed", style="dim", highlight=False)
 
@@ -90,6 +95,7 @@ def _as_json(column: Column, verdict: Verdict) -> dict[str, Any]:
     found: dict[str, Any] = {"law": verdict.law.name, "status": verdict.status}
     if verdict.failure is not None:
         found |= {"convention": verdict.convention, "message": verdict.failure.message}
+        found["configuration"] = verdict.failure.configuration
         found["snippet"] = snippet(column.subject.target, verdict)
     return found
 
@@ -129,10 +135,14 @@ def _cell(verdict: Verdict) -> str:
 
 
 def _details(column: Column, verdict: Verdict) -> str:
-    summary = f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
     code = html.escape(snippet(column.subject.target, verdict))
-    opened = f"<details><summary class={verdict.status}>{html.escape(summary)}</summary>"
+    opened = f"<details><summary class={verdict.status}>{html.escape(_summary(column, verdict))}</summary>"
     return f"{opened}<pre>{code}</pre></details>"
+
+
+def _summary(column: Column, verdict: Verdict) -> str:
+    said = f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
+    return said if verdict.failure is None else f"{said} ({verdict.failure.configuration})"
 
 
 def _page(title: str, body: str) -> str:
@@ -143,15 +153,16 @@ def _page(title: str, body: str) -> str:
 
 
 def as_markdown(columns: list[Column], absent: list[str]) -> str:
-    """The tables for a README, and below each what differs."""
+    """The tables for a README, and below each what differs, with a snippet that opens."""
     lines = [", ".join(f"{name} {version}" for name, version in versions().items()), "", LEGEND]
     for kind, group in by_kind(columns):
         lines += ["", f"**Laws of {kind}**", ""]
         lines += _rows(["law", *(column.subject.adapter.name for column in group)])
         for verdicts in zip(*(column.verdicts for column in group), strict=True):
             lines += _rows([verdicts[0].law.name, *(SIGNS[v.status] for v in verdicts)])[:1]
-        found = [f"- {SIGNS[v.status]} {c.subject.adapter.name}: {v.law.name}: {explained(v)}" for c, v in notes(group)]
-        lines += ["", *found] if found else []
+        for column, verdict in notes(group):
+            lines += ["", "<details>", f"<summary>{html.escape(_summary(column, verdict))}</summary>"]
+            lines += ["", "```python", snippet(column.subject.target, verdict).rstrip(), "```", "", "</details>"]
     lines += ["", *(f"{package}: not installed" for package in absent)] if absent else []
     return "\n".join(lines) + "\n"
 
@@ -165,13 +176,22 @@ def _rows(cells: list[str]) -> list[str]:
 # the kill matrix
 
 
+def _rejections(kill: Kill) -> str:
+    """By each of the laws that must: rejected as a defect, as another convention, or not."""
+    shown = []
+    for law in kill.exhibit.laws:
+        convention = " (as another convention)" if law in kill.by_convention else ""
+        shown.append(f"{law}{convention}" if law in kill.rejected_by else f"NOT by {law}")
+    return "; ".join(shown)
+
+
 def kills_as_text(kills: list[Kill], console: Console) -> None:
     """Each exhibit with the laws that rejected it; those that had to stand first."""
     table = Table(title="The museum: one wrong implementation a row, and the laws that reject it")
     for name in ("#", "defect", "source", "rejected by", "and by"):
         table.add_column(name)
     for kill in kills:
-        named = "; ".join(law if law in kill.rejected_by else f"NOT by {law}" for law in kill.exhibit.laws)
+        named = _rejections(kill)
         others = len([law for law in kill.rejected_by if law not in kill.exhibit.laws])
         style = "red" if kill.missed else None
         row = (str(kill.exhibit.number), kill.exhibit.defect, kill.exhibit.source, named, f"{others} more")
@@ -188,6 +208,7 @@ def kills_as_json(kills: list[Kill]) -> list[dict[str, Any]]:
             "source": kill.exhibit.source,
             "must be rejected by": list(kill.exhibit.laws),
             "rejected by": list(kill.rejected_by),
+            "of them, as another convention": list(kill.by_convention),
         }
         for kill in kills
     ]
@@ -198,7 +219,7 @@ def kills_as_page(kills: list[Kill]) -> str:
     rows = "".join(
         f"<tr><td>{kill.exhibit.number}. {html.escape(kill.exhibit.defect)}</td>"
         f"<td>{html.escape(kill.exhibit.source)}</td>"
-        f'<td class="{"defect" if kill.missed else "holds"}">{html.escape("; ".join(kill.exhibit.laws))}</td>'
+        f'<td class="{"defect" if kill.missed else "holds"}">{html.escape(_rejections(kill))}</td>'
         f"<td>{html.escape('; '.join(law for law in kill.rejected_by if law not in kill.exhibit.laws))}</td></tr>"
         for kill in kills
     )
@@ -210,7 +231,7 @@ def kills_as_markdown(kills: list[Kill]) -> str:
     """The kill matrix for a README: the laws that must reject, and how many more do."""
     lines = _rows(["museum", "source", "rejected by", "and by"])
     for kill in kills:
-        named = "; ".join(law if law in kill.rejected_by else f"NOT by {law}" for law in kill.exhibit.laws)
+        named = _rejections(kill)
         others = len(set(kill.rejected_by) - set(kill.exhibit.laws))
         cells = [f"{kill.exhibit.number}. {kill.exhibit.defect}", kill.exhibit.source, named, f"{others} more"]
         lines += _rows(cells)[:1]

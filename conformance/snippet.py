@@ -1,6 +1,7 @@
 """A failure as a few lines of Python to paste into an issue."""
 
 import base64
+import re
 import zlib
 
 import numpy as np
@@ -9,11 +10,17 @@ from conformance.law import Call, Verdict
 
 MANY = 400
 """Numbers above which an array is written compressed."""
-NAMES = {"attention": ("q", "k", "v"), "loss": ("logits", "labels", "weights"), "norm": ("x", "scale", "bias")}
+NAMES = {
+    "attention": ("q", "k", "v"),
+    "norm": ("x", "scale", "bias"),
+    "loss": ("logits", "labels", "weights"),
+    "beam search": ("table", "first"),
+    "sampling": ("logits",),
+}
 
 
 def snippet(target: str, verdict: Verdict) -> str:
-    """Code that makes the calls of the smallest failing case again, and prints what they give."""
+    """Code that makes the calls of the smallest failing case again, and prints what they give or raise."""
     failure = verdict.failure
     if failure is None:
         raise ValueError(f"the law {verdict.law.name!r} did not fail")
@@ -37,8 +44,8 @@ def snippet(target: str, verdict: Verdict) -> str:
         head.insert(-1, 'jax.config.update("jax_enable_x64", True)')
     if any(array.dtype.name == "bfloat16" for array in body.arrays):
         head.insert(-3, "import ml_dtypes")
-    text = "\n".join(body.lines)
-    if any(word in text for word in ("nan", "inf")):
+    text = "\n".join([*body.lines, *lines])
+    if re.search(r"\b(nan|inf)\b", text):
         head.insert(-3, "from numpy import inf, nan")
     if "zlib" in text:
         head[-4:-4] = ["import base64", "import zlib", ""]
@@ -62,7 +69,10 @@ class _Body:
             shown = self.name(x, option) if isinstance(x, np.ndarray) else _scalar(x)
             arguments.append(f"{option}={shown}")
         method = f".{call.method}" if call.method else ""
-        return f"print(adapter{method}({', '.join(arguments)}))"
+        printed = f"print(adapter{method}({', '.join(arguments)}))"
+        if not isinstance(call.result, Exception):
+            return printed
+        return f"try:\n    {printed}\nexcept Exception as error:\n    print(type(error).__name__, error)"
 
     def name(self, x, wish: str) -> str:
         if not isinstance(x, np.ndarray):

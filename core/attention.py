@@ -182,7 +182,7 @@ def with_relative_values(
 ) -> Float[Array, "*B T N Hv"]:
     """With what a relative encoding adds to the values, by `total`."""
     relative = rules.get("relative")
-    values = None if relative is None else relative.values(weights, grid)
+    values = None if relative is None else relative.values(weights, grid, out.shape[-1])
     return out if values is None else out + (values / total.swapaxes(-2, -3)).astype(out.dtype)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.constraints import FREE, Constraints, forbid, penalised
-from core.decoding import EOS, PAD, Step, check_max_length
+from core.decoding import EOS, PAD, Step, check_lengths, token_ids
 from core.layers import wide_dtype
 
 _BLOCK = 64
@@ -63,7 +63,8 @@ def beam_search(
 
     The score is that of Wu et al. (2016), the end token counts. A hypothesis that ends keeps its slot, so that it is
     never lost, and the search goes on with one less (Bahdanau et al. 2015): with one slot it is greedy decoding, with
-    slots for all it is exhaustive. It stops when no hypothesis that goes on could still come among the n best.
+    slots for all V^L sequences it is exhaustive, which is why W may be above V. It stops when no
+    hypothesis that goes on could still come among the n best.
 
     `tokens` `[*B]` and `cache` are those of one hypothesis a row, every leaf of the cache with the axes *B first;
     `select(cache, parents)` makes slot i of each row go on from what slot parents[i] held, `spread(cache, W)` makes W
@@ -71,8 +72,9 @@ def beam_search(
     the log probabilities, other constraints only what may be chosen. Logits of NaN give tokens -1 and scores NaN.
     """
     check_beams(Beams(beam_size, n_best, length_penalty))
-    check_max_length(max_length)
-    batch, beams, rank = tokens.shape, (*tokens.shape, beam_size), tokens.ndim
+    last = token_ids("tokens", tokens)
+    check_lengths(last.shape, max_length, constraints, forced)
+    batch, beams, rank = last.shape, (*last.shape, beam_size), last.ndim
     select = select or (lambda cache, parents: jax.tree.map(lambda x: _take(x, parents, rank), cache))
     spread = spread or (lambda cache, size: jax.tree.map(lambda x: _spread(x, rank, size), cache))
     forced = None if forced is None else jnp.expand_dims(jnp.broadcast_to(forced, (*batch, forced.shape[-1])), -2)
@@ -118,7 +120,7 @@ def beam_search(
     start = _State(
         position=jnp.int32(0),
         tokens=jnp.full((*beams, max_length), pad_id, jnp.int32),
-        last=jnp.broadcast_to(tokens.astype(jnp.int32)[..., None], beams),
+        last=jnp.broadcast_to(last[..., None], beams),
         log_prob=jnp.where(first, 0.0, -jnp.inf),
         length=jnp.zeros(beams, jnp.int32),
         ended=jnp.zeros(beams, bool),

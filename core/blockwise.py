@@ -5,7 +5,6 @@ logarithm of the softmax's denominator (Rabe and Staats 2021; Dao et al. 2022). 
 derivatives of derivatives, and forward mode, need the materialised form.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -111,8 +110,7 @@ class _Fixed(NamedTuple):
     dropout_key: Array | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
+class _Static(NamedTuple):
     """What shapes the program."""
 
     trees: tuple[Any, Any]  # pytree definitions of the inputs and of the fixed
@@ -372,7 +370,7 @@ class _Task:
         return dropout(weights, self.static.dropout_rate, key=key)
 
     def relative_values(self, weights: Array, parts: _Inputs, grid: Grid) -> Array | None:
-        return None if parts.relative is None else parts.relative.values(weights, grid)
+        return None if parts.relative is None else parts.relative.values(weights, grid, parts.v.shape[-1])
 
     def values(self, weights: Array, parts: _Inputs, grid: Grid) -> Array:
         out, more = weighted_values(weights, parts.v), self.relative_values(weights, parts, grid)

@@ -188,6 +188,8 @@ def slot_attention(
     """
     check_implementation(implementation)
     check_rules(rules)  # dropout is none: it would depend on how many queries come at once
+    if owners is not None and q.shape[-3] != 1:
+        raise ValueError(f"beams that share their slots take one token at a time, got T={q.shape[-3]}")
     if q.shape[:-3] != slots.k.shape[:-3]:
         queries = q.swapaxes(-3, -4)  # the beams are the queries of their row
         return slot_attention(queries, slots, implementation=implementation, **rules).swapaxes(-3, -4)

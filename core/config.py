@@ -101,17 +101,19 @@ class TransformerConfig:
             object.__setattr__(self, name, _float_type(name, getattr(self, name)))
         _check_types(self)
         for name in ("d_model", "num_heads", "d_ff", "max_length", "relative_distance", "rotary_original_length"):
-            _check_range(self, name, 1, math.inf)
+            check_at_least(name, getattr(self, name), 1)
         for name in ("num_encoder_layers", "num_decoder_layers", "history_length"):
-            _check_range(self, name, 0, math.inf)
+            check_at_least(name, getattr(self, name), 0)
         for name in ("source_vocab_size", "target_vocab_size", "source_features", "num_kv_heads", "value_dim"):
-            _check_range(self, name, 1, math.inf)
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 1)
         for name in ("dropout_rate", "embedding_dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
             if getattr(self, name) is not None:
                 check_rate(name, getattr(self, name))
         for name in ("norm_epsilon", "rotary_theta", "attention_scale", "attention_soft_cap"):
-            _check_range(self, name, math.ulp(0.0), math.inf)
-        _check_range(self, "rotary_factor", 1, math.inf)
+            if getattr(self, name) is not None:
+                check_above(name, getattr(self, name), 0)
+        check_at_least("rotary_factor", self.rotary_factor, 1)
         _check_divides(self, "num_heads", "d_model")
         if self.num_kv_heads is not None:
             _check_divides(self, "num_kv_heads", "num_heads")
@@ -134,8 +136,8 @@ class TransformerConfig:
                 "tie_embeddings='all' needs one joint vocabulary, got source_vocab_size="
                 f"{sizes[0]}, target_vocab_size={sizes[1]}; use 'target' or 'none'"
             )
-        if "float64" in (self.dtype, self.param_dtype) and jax.dtypes.canonicalize_dtype("float64") != "float64":
-            raise ValueError("float64 needs jax.config.update('jax_enable_x64', True) first")
+        for dtype in (self.dtype, self.param_dtype):
+            check_enabled(dtype)
 
     @property
     def head_dim(self) -> int:
@@ -217,6 +219,30 @@ def check_rate(name: str, rate: float) -> None:
         raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
+def check_at_least(name: str, number: float, low: float) -> None:
+    """ValueError unless low <= number < infinity (NaN included)."""
+    if not low <= number < math.inf:
+        raise ValueError(f"{name} must be at least {low:g} and finite, got {number}")
+
+
+def check_above(name: str, number: float, low: float) -> None:
+    """ValueError unless low < number < infinity (NaN included)."""
+    if not low < number < math.inf:
+        raise ValueError(f"{name} must be above {low:g} and finite, got {number}")
+
+
+def check_choice(name: str, given: object, choices: Any) -> None:
+    """ValueError unless it is one of a Literal's."""
+    if given not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {given!r}")
+
+
+def check_enabled(dtype: DTypeLike) -> None:
+    """ValueError for float64 where JAX would make float32 of it."""
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise ValueError("float64 needs jax.config.update('jax_enable_x64', True) first")
+
+
 def _check_fields(fields: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if unknown := sorted(fields.keys() - known):
@@ -249,8 +275,7 @@ def _check_types(config: TransformerConfig) -> None:
         if name in ("dtype", "param_dtype"):
             continue
         if typing.get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            check_choice(name, value, hint)
             continue
         union = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         accepted = tuple(typing.get_origin(kind) or kind for kind in union)
@@ -259,12 +284,6 @@ def _check_types(config: TransformerConfig) -> None:
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             names = " or ".join("None" if t is types.NoneType else t.__name__ for t in accepted)
             raise ValueError(f"{name} must be {names}, got {value!r}")
-
-
-def _check_range(config: TransformerConfig, name: str, low: float, high: float) -> None:
-    value = getattr(config, name)
-    if value is not None and not low <= value < high:
-        raise ValueError(f"{name} must be at least {low:g} and finite, got {value}")
 
 
 def _check_divides(config: TransformerConfig, divisor: str, name: str) -> None:
@@ -283,6 +302,8 @@ def _check_rotary(config: TransformerConfig) -> None:
         )
     if not 2 <= config.rotary_width <= config.head_dim:
         raise ValueError(f"rotary_dim must lie in [2, head width {config.head_dim}], got {config.rotary_width}")
+    if config.rotary_scaling == "yarn":
+        check_above("the rotary_theta of YaRN", config.rotary_theta, 1)
 
 
 def _check_buckets(config: TransformerConfig) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from core.layers import known_values
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
@@ -27,12 +29,34 @@ class Constraints:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        if not isinstance(self.banned, tuple) or any(type(token) is not int for token in self.banned):
-            raise ValueError(f"banned must be a tuple of token ids, got {self.banned!r}")
+        if not isinstance(self.banned, tuple) or any(type(token) is not int or token < 0 for token in self.banned):
+            raise ValueError(f"banned must be a tuple of token ids, integers of at least 0, got {self.banned!r}")
 
 
 FREE = Constraints()
 """No rule at all."""
+
+
+def check_id(name: str, token: int, vocab_size: int) -> None:
+    """ValueError unless it is a token of the vocabulary."""
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name} must lie in the target vocabulary [0, {vocab_size}), got {token}")
+
+
+def check_ids(rules: Constraints, forced: Integer[Array, "... P"] | None, vocab_size: int) -> None:
+    """ValueError for banned or forced tokens outside the vocabulary, where known; TypeError for forced non-integers."""
+    for token in rules.banned:
+        check_id("banned", token, vocab_size)
+    if forced is None:
+        return
+    if not jnp.issubdtype(forced.dtype, jnp.integer):
+        raise TypeError(f"forced must be token ids, -1 for any token, got {forced.dtype}")
+    known = known_values(forced)
+    if known is not None and known.size and not (known.min() >= -1 and known.max() < vocab_size):
+        raise ValueError(
+            f"forced must hold ids of the target vocabulary [0, {vocab_size}), or -1 for any token, "
+            f"got {known.min()} to {known.max()}"
+        )
 
 
 def penalised(
@@ -57,6 +81,7 @@ def forbid(
 ) -> Float[Array, "*B V"]:
     """-inf for what may not be token number `index` of a row: all but the forced one, or else what the rules forbid."""
     vocab = scores.shape[-1]
+    check_ids(rules, forced, vocab)
     ids = _broadcast(jnp.arange(vocab, dtype=jnp.int32), scores.shape)
     if rules.banned or rules.min_length or rules.no_repeat_ngram:
         allowed = ~jnp.isin(ids, jnp.asarray(rules.banned, jnp.int32))

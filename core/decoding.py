@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
-from core.constraints import FREE, Constraints, forbid, penalised
-from core.layers import known_values
-from core.sampling import Sampling, by_row, check_sampling, draw, likeliest
+from core.constraints import FREE, Constraints, check_id, check_ids, forbid, penalised
+from core.layers import check_integers, known_values
+from core.sampling import Sampling, by_row, check_keys, draw, likeliest
 
 Step = Callable[[Integer[Array, "*B 1"], Any], tuple[Float[Array, "*B 1 V"], Any]]
 
@@ -54,7 +54,7 @@ def sample(
     pad_id: int = PAD,
 ) -> Integer[Array, "*B L"]:
     """Tokens drawn at random, otherwise as `greedy`. Token t of a row is drawn with fold_in(key of the row, t)."""
-    check_sampling(sampling)
+    check_keys(keys, tokens.shape)
     drawn = lambda logits, index: draw(logits, by_row(lambda key: jax.random.fold_in(key, index))(keys), sampling)
     rules = {"constraints": constraints, "forced": forced, "eos_id": eos_id, "pad_id": pad_id}
     return _decode(drawn, step, tokens, cache, max_length=max_length, **rules)
@@ -73,7 +73,8 @@ def _decode(
     pad_id: int,
 ) -> Integer[Array, "*B L"]:
     """One token a row each time; `choose(logits [*B, V], index)` sees -inf where a token is not allowed."""
-    check_max_length(max_length)
+    first = token_ids("tokens", tokens)
+    check_lengths(first.shape, max_length, constraints, forced)
 
     def unfinished(state) -> Array:
         index, _, ended, _, _ = state
@@ -92,7 +93,7 @@ def _decode(
     out = jnp.full((*tokens.shape, max_length), pad_id, jnp.int32)
     if max_length == 0:
         return out
-    start = (jnp.int32(0), tokens.astype(jnp.int32), jnp.zeros(tokens.shape, bool), out, cache)
+    start = (jnp.int32(0), first, jnp.zeros(tokens.shape, bool), out, cache)
     return jax.lax.while_loop(unfinished, extend, start)[3]
 
 
@@ -122,36 +123,38 @@ def check_generation(
     forced: Integer[Array, "..."] | None = None,
 ) -> None:
     """ValueError for lengths that cannot be, ids outside the vocabulary, and forced tokens that do not fit."""
-    check_max_length(rules.max_length)
-    if rules.constraints.min_length > rules.max_length:
-        raise ValueError(
-            f"min_length must be at most max_length {rules.max_length}, got {rules.constraints.min_length}"
-        )
-    ids = [("bos_id", bos_id), ("eos_id", rules.eos_id), ("pad_id", rules.pad_id)]
-    for name, value in ids + [("banned", token) for token in rules.constraints.banned]:
-        if not 0 <= value < vocab_size:
-            raise ValueError(f"{name} must lie in the target vocabulary [0, {vocab_size}), got {value}")
+    check_lengths(batch, rules.max_length, rules.constraints, forced)
+    for name, token in (("bos_id", bos_id), ("eos_id", rules.eos_id), ("pad_id", rules.pad_id)):
+        check_id(name, whole(name, token), vocab_size)
+    check_ids(rules.constraints, forced, vocab_size)
+
+
+def check_lengths(
+    batch: tuple[int, ...], max_length: int, constraints: Constraints, forced: Integer[Array, "..."] | None
+) -> None:
+    """ValueError for lengths that cannot be, and for forced tokens that are too many or of other rows."""
+    check_max_length(max_length)
+    if constraints.min_length > max_length:
+        raise ValueError(f"min_length must be at most max_length {max_length}, got {constraints.min_length}")
     if forced is None:
         return
-    if not jnp.issubdtype(forced.dtype, jnp.integer):
-        raise TypeError(f"forced must be token ids, -1 for any token, got {forced.dtype}")
-    if not forced.shape or forced.shape[:-1] not in (batch, ()) or forced.shape[-1] > rules.max_length:
+    if not forced.shape or forced.shape[:-1] not in (batch, ()) or forced.shape[-1] > max_length:
         raise ValueError(
-            f"forced must have the shape {(*batch, 'P')} or ('P',), P at most max_length {rules.max_length}, "
+            f"forced must have the shape {(*batch, 'P')} or ('P',), P at most max_length {max_length}, "
             f"got {forced.shape}"
-        )
-    known = known_values(forced)
-    if known is not None and known.size and not (known.min() >= -1 and known.max() < vocab_size):
-        raise ValueError(
-            f"forced must hold ids of the target vocabulary [0, {vocab_size}), or -1 for any token, "
-            f"got {known.min()} to {known.max()}"
         )
 
 
 def check_max_length(max_length: int) -> None:
     """ValueError for fewer than no tokens."""
-    if max_length < 0:
+    if whole("max_length", max_length) < 0:
         raise ValueError(f"max_length must be at least 0, got {max_length}")
+
+
+def token_ids(name: str, tokens: Integer[Array, "*B"]) -> Integer[Array, "*B"]:
+    """The tokens as int32; TypeError for other than integers, which astype would cut as int() does."""
+    check_integers(name, tokens)
+    return tokens.astype(jnp.int32)
 
 
 def whole(name: str, number: Any) -> int:

@@ -12,9 +12,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.source_info_util import current_name_stack
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray
 
-from core.config import Activation, NormOrder, check_rate
+from core.config import Activation, NormOrder, check_at_least, check_choice, check_rate
 
 Aux = TypeVar("Aux")
 
@@ -50,11 +50,19 @@ def wider_dtype(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
     return max(a, b, key=lambda dtype: dtype.itemsize)
 
 
+def check_floating(name: str, x: Array) -> None:
+    """TypeError, saying in which module, unless it is floating point: integers would be cut off without a word."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {x.dtype}{_place()}; cast it to float32")
+
+
 def linear(
     x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*B O"]:
     """x kernel + bias, with the parameters cast to x's dtype."""
-    check_parameter("kernel", kernel, "I O", x)
+    check_parameter("kernel", kernel, "I O", x=x)
+    if bias is not None:
+        check_parameter("bias", bias, "O", kernel=kernel)
     # one plain product of matrices, for the gradient by the kernel is slower where it sums over several axes
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -68,7 +76,9 @@ def layer_norm(
 
     The variance is that of the centred values: E[x^2] - E[x]^2 loses all digits where the mean is large.
     """
-    check_parameter("scale", scale, "D", x)
+    check_parameter("scale", scale, "D", x=x)
+    check_parameter("bias", bias, "D", x=x)
+    _check_epsilon(epsilon)
     wide = x.astype(wide_dtype(x))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
@@ -78,10 +88,16 @@ def layer_norm(
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, epsilon: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + epsilon) * scale (Zhang and Sennrich 2019), in at least float32."""
-    check_parameter("scale", scale, "D", x)
+    check_parameter("scale", scale, "D", x=x)
+    _check_epsilon(epsilon)
     wide = x.astype(wide_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
     return (normed * _along_last(scale.astype(wide.dtype), wide)).astype(x.dtype)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not isinstance(epsilon, jax.Array):  # as in jax.jit(rms_norm)
+        check_at_least("epsilon", epsilon, 0)
 
 
 def dropout(x: Float[Array, "*S"], rate: float, *, key: PRNGKeyArray | None = None) -> Float[Array, "*S"]:
@@ -102,6 +118,7 @@ def stochastic_depth(
     """
     if not isinstance(rate, jax.Array):
         check_rate("the stochastic depth rate", rate)
+    check_axes("x", x, "T D")
     if key is None or _is_zero(rate):
         return x
     keep = 1 - jnp.asarray(rate, wide_dtype(x))  # an array in either case, so that both round alike
@@ -154,25 +171,46 @@ def embed(tokens: Integer[Array, "*B"], embedding: Float[Array, "V D"], *, scale
 
 def check_tokens(tokens: Integer[Array, "*B"], vocab_size: int, name: str = "tokens") -> None:
     """TypeError unless they are integers; ValueError where their values are known and out of range."""
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
+    check_integers(name, tokens)
     if (values := known_values(tokens)) is not None and values.size:
         low, high = values.min(), values.max()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"{name} must lie in [0, {vocab_size}), got values from {low} to {high}")
 
 
-def check_parameter(name: str, parameter: Array, axes: str, x: Array | None = None) -> None:
-    """ValueError, saying in which module, unless the parameter has these axes, the first as wide as x."""
-    given = f"{name} must be [{', '.join(axes.split())}], got {parameter.shape}{_place()}"
-    if parameter.ndim > len(axes.split()):
-        raise ValueError(
-            f"{given}; a model of an ensemble has an axis of members before: call it by nnx.vmap or eqx.filter_vmap"
-        )
-    if parameter.ndim < len(axes.split()):
-        raise ValueError(f"{given}; was it replaced or sliced?")
-    if x is not None and x.shape[-1:] != parameter.shape[:1]:
-        raise ValueError(f"x must be as wide as {name} {parameter.shape}{_place()}, got {x.shape}")
+def check_integers(name: str, x: Array) -> None:
+    """TypeError unless they are integers."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+
+
+def check_axes(name: str, x: Array, axes: str) -> None:
+    """ValueError unless it has these axes at least."""
+    if x.ndim < len(axes.split()):
+        raise ValueError(f"{name} must be [*B, {', '.join(axes.split())}], got {x.shape}")
+
+
+def check_real(name: str, real: Array, shape: tuple[int, ...]) -> None:
+    """TypeError unless it is bool, ValueError unless it has that shape: others would broadcast, or weigh."""
+    if real.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be bool, True where a position counts, got {real.dtype}; use tokens != pad_id")
+    if real.shape != tuple(shape):
+        raise ValueError(f"{name} must have one entry for each position, shape {tuple(shape)}, got {real.shape}")
+
+
+def check_parameter(name: str, parameter: Array, axes: str, *, axis: int = 0, **fitting: Array) -> None:
+    """ValueError or TypeError, saying in which module, unless the parameter is floating point and has these axes,
+    and what it is to fit is floating point and as wide as its `axis`."""
+    if parameter.ndim != len(axes.split()):
+        remedy = "was it replaced or sliced?"
+        if parameter.ndim > len(axes.split()):
+            remedy = "a model of an ensemble has an axis of members before: call it by nnx.vmap or eqx.filter_vmap"
+        raise ValueError(f"{name} must be [{', '.join(axes.split())}], got {parameter.shape}{_place()}; {remedy}")
+    check_floating(name, parameter)
+    for other, x in fitting.items():
+        check_floating(other, x)
+        if x.shape[-1:] != parameter.shape[axis : axis + 1]:
+            raise ValueError(f"{other} must be as wide as {name} {parameter.shape}{_place()}, got {x.shape}")
 
 
 def _place() -> str:
@@ -180,20 +218,21 @@ def _place() -> str:
     return f" in {path}" if path else ""
 
 
-def known_values(x: Array) -> np.ndarray | None:
+def known_values(x: ArrayLike) -> np.ndarray | None:
     """The numbers in x; None where they are not known, inside of jit, grad or vmap."""
     return None if isinstance(x, Tracer) else np.asarray(x)
 
 
 def unembed(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """Logits over the vocabulary, in at least float32. A tied table goes in transposed."""
-    check_parameter("kernel", kernel, "D V", x)
+    check_parameter("kernel", kernel, "D V", x=x)
     dtype = wide_dtype(x)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 def attend(x: Float[Array, "*B D"], embedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
     """`unembed` by a tied table. For a few single tokens it is table x^T, which reads the table as it lies."""
+    check_parameter("embedding", embedding, "V D", axis=1, x=x)
     rows = math.prod(x.shape[:-1])
     if x.ndim < 2 or x.shape[-2] != 1 or not 0 < rows <= _FEW_ROWS:
         return unembed(x, embedding.T)
@@ -221,11 +260,16 @@ def source_vectors(
 
 def zero_padding(x: Float[Array, "*B S D"], real: Bool[Array, "*B S"] | None = None) -> Float[Array, "*B S D"]:
     """x where it is real, else 0 without any gradient, NaN or not."""
-    return x if real is None else jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
+    if real is None:
+        return x
+    check_real("a padding mask", real, x.shape[:-1])
+    return jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
 
 
 def masked_mean(x: Float[Array, "*B S D"], real: Bool[Array, "*B S"] | None = None) -> Float[Array, "*B D"]:
     """The mean over the real positions, summed in at least float32; 0 if there are none."""
+    check_axes("x", x, "S D")
+    check_floating("x", x)
     wide = zero_padding(x.astype(wide_dtype(x)), real)
     count = x.shape[-2] if real is None else real.sum(axis=-1, keepdims=True)
     return (wide.sum(axis=-2) / jnp.maximum(count, 1).astype(wide.dtype)).astype(x.dtype)
@@ -240,6 +284,7 @@ def feed_forward(
     activation: Activation,
 ) -> Float[Array, "*B D"]:
     """down(activation(up(x))) (2017); gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    check_choice("activation", activation, Activation)
     function = _ACTIVATIONS[activation]
     up, down = jax.named_scope("up_proj")(up), jax.named_scope("down_proj")(down)
     if activation not in GATED:
@@ -266,6 +311,7 @@ def residual(
     `stem` is what f reads if that is not x: in a parallel block all sublayers read the block's input (Wang and
     Komatsuzaki 2021). Returns beside the sum what the sublayer returned beside its output.
     """
+    check_choice("norm_order", norm_order, NormOrder)
     stem = x if stem is None else stem
     if norm_order == "post":
         y, aux = sublayer(stem)

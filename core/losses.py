@@ -1,12 +1,14 @@
 """Token-weighted, label-smoothed cross entropy, and accuracy. Tokens of weight 0 count for nothing."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.layers import check_tokens, wide_dtype
+from core.layers import check_integers, check_real, check_tokens, known_values, wide_dtype
 
 
 class Batch(NamedTuple):
@@ -31,7 +33,11 @@ class Metrics(NamedTuple):
 
 
 def weighted_mean(values: Float[Array, "*B"], weights: Float[Array, "*B"]) -> Float[Array, ""]:
-    """Sum of weight times value over the sum of the weights; 0 if there is no weight."""
+    """Sum of weight times value over the sum of the weights; 0 if there is no weight.
+
+    ValueError for weights of another shape, and where they are known for any below 0 or without end.
+    """
+    check_weights(weights, values.shape)
     total = weights.sum()
     counted = jnp.where(weights == 0, 0.0, values)  # 0 * NaN would be NaN
     return (counted * weights).sum() / jnp.where(total == 0, 1.0, total)
@@ -45,8 +51,7 @@ def token_cross_entropy(
     A label outside [0, V) gives NaN.
     """
     check_smoothing(label_smoothing)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    check_labels(labels, logits.shape[:-1])
     vocab, labels = logits.shape[-1], labels.astype(jnp.int32)
     logits = logits.astype(wide_dtype(logits))
     known = (labels >= 0) & (labels < vocab)
@@ -69,8 +74,9 @@ def cross_entropy(
 
     A label out of range raises where it is known and has weight. Logits without weight may be NaN.
     """
-    check_label_shapes(logits.shape[:-1], labels=labels, weights=weights)
+    check_labels(labels, logits.shape[:-1])
     if weights is not None:
+        check_weights(weights, logits.shape[:-1])
         unused = weights == 0
         logits, labels = jnp.where(unused[..., None], 0.0, logits), jnp.where(unused, 0, labels)
     check_tokens(labels, logits.shape[-1], "labels")
@@ -82,7 +88,7 @@ def accuracy(
     logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, weights: Float[Array, "*B"] | None = None
 ) -> Float[Array, ""]:
     """The fraction of tokens whose label has the highest logit, ties to the lowest id."""
-    check_label_shapes(logits.shape[:-1], labels=labels, weights=weights)
+    check_labels(labels, logits.shape[:-1])
     hits = (likeliest(logits) == labels.astype(jnp.int32)).astype(jnp.float32)
     return weighted_mean(hits, jnp.ones_like(hits) if weights is None else weights.astype(hits.dtype))
 
@@ -103,17 +109,36 @@ def check_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
 
 
-def check_label_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:
-    """ValueError unless the arrays have the shape of the logits without the vocabulary."""
-    for name, array in arrays.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(
-                f"{name} must have the shape of the logits without the vocabulary, {shape}, got {array.shape}"
-            )
+def check_labels(labels: Array, shape: tuple[int, ...]) -> None:
+    """TypeError unless they are integers, ValueError unless there is one for each row of logits."""
+    check_integers("labels", labels)
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels must have the shape of the logits without the vocabulary, {shape}, got {labels.shape}"
+        )
+
+
+def check_weights(weights: Array, shape: tuple[int, ...]) -> None:
+    """ValueError unless there is one for each value, at least 0 and finite where they are known."""
+    if weights.shape != shape:
+        raise ValueError(f"weights must be one for each value, of shape {shape}, got {weights.shape}")
+    if (known := known_values(weights)) is None or not known.size:
+        return
+    numbers = known.astype(np.float64)  # of bfloat16 NumPy warns at NaN
+    low, high = numbers.min(), numbers.max()
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"weights must be at least 0 and finite, got values from {low} to {high}")
+
+
+def check_batch(batch: Batch, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless its labels and target mask are for vectors or logits `[*B, T]` of that shape."""
+    check_labels(batch.labels, shape)
+    check_real("target_mask", batch.target_mask, shape)
 
 
 def sequence_metrics(logits: Float[Array, "*B T V"], batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:
     """Loss and accuracy of predicting a batch's labels; the loss is what training minimises."""
+    check_batch(batch, logits.shape[:-1])
     weights = batch.target_mask.astype(wide_dtype(logits))
     loss = cross_entropy(logits, batch.labels, weights=weights, label_smoothing=label_smoothing)
     return Metrics(loss, accuracy(logits, batch.labels, weights=weights), weights.sum())

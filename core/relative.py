@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from core.layers import linear
+from core.layers import check_floating, linear
 from core.masks import Grid
 from core.positions import sinusoidal
 from core.values import STATIC, value
@@ -29,8 +29,8 @@ class Relative:
         """What is added to the scaled logits, `[*B, N, T, S]` with 1 where it broadcasts, in q's dtype."""
         raise NotImplementedError
 
-    def values(self, weights: Float[Array, "*B N T S"], grid: Grid) -> Float[Array, "*B T N Hv"] | None:
-        """What is added to the attended values; None: nothing."""
+    def values(self, weights: Float[Array, "*B N T S"], grid: Grid, width: int) -> Float[Array, "*B T N Hv"] | None:
+        """What is added to the attended values, which are `width` wide; None: nothing."""
         return None
 
 
@@ -104,7 +104,9 @@ def t5_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> n
 
     behind = [bucket(distance) for distance in range(max_distance + 1)]
     ahead = [side + b if bidirectional else 0 for b in behind[1:]]
-    return np.array(ahead[::-1] + behind, np.int32)
+    table = np.array(ahead[::-1] + behind, np.int32)
+    table.setflags(write=False)  # whoever asks again gets the same
+    return table
 
 
 @value
@@ -123,9 +125,11 @@ class Shaw(Relative):
         rows = self._rows(self.key_embedding, grid).astype(q.dtype)
         return rel_shift(jnp.einsum("...tnh,...ch->...ntc", q * scale, rows), grid.shape[-1])
 
-    def values(self, weights, grid):
+    def values(self, weights, grid, width):
         if self.value_embedding is None:
             return None
+        rows = self.key_embedding.shape[0]
+        _check_fits("value_embedding", self.value_embedding, (rows, width), "[distances, Hv], as many as keys have")
         rows = self._rows(self.value_embedding, grid).astype(weights.dtype)
         return jnp.einsum("...ntc,...ch->...tnh", rel_unshift(weights), rows)
 
@@ -217,5 +221,6 @@ def _behind(grid: Grid) -> Int[Array, "*B C"]:
 
 
 def _check_fits(name: str, array: Array, wanted: tuple[int, ...], axes: str) -> None:
+    check_floating(name, array)
     if array.shape != wanted:
         raise ValueError(f"{name} must be {axes}, here {wanted}, got {array.shape}")

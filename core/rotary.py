@@ -7,8 +7,8 @@ from typing import TypedDict
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from core.config import RotaryLayout, TransformerConfig
-from core.layers import wide_dtype
+from core.config import RotaryLayout, TransformerConfig, check_above, check_at_least, check_choice
+from core.layers import check_floating, wide_dtype
 from core.positions import check_positions, inverse_frequencies, sin_cos
 
 
@@ -39,6 +39,9 @@ def rotary(
     >>> rotary(x, jnp.arange(5)[None], layout="interleaved").shape
     (2, 5, 4, 8)
     """
+    check_floating("x", x)
+    check_choice("layout", layout, RotaryLayout)
+    check_above("magnitude", magnitude, 0)
     if frequencies is None:
         if x.shape[-1] % 2:
             raise ValueError(f"rotary positions need an even head width, got H={x.shape[-1]}; or give frequencies")
@@ -46,8 +49,6 @@ def rotary(
     width = 2 * len(frequencies)
     if width > x.shape[-1]:
         raise ValueError(f"{len(frequencies)} frequencies turn {width} features, got H={x.shape[-1]}")
-    if layout not in ("half", "interleaved"):
-        raise ValueError(f"layout must be 'half' or 'interleaved', got {layout!r}")
     check_positions(positions, x.shape[:-2])
     dtype = wide_dtype(x)
     sin, cos = sin_cos(positions[..., None], frequencies, dtype)
@@ -98,6 +99,8 @@ def yarn_scaling(
     """YaRN: what turns more than `fast` times in the original length is kept, less than `slow` times interpolated,
     with a ramp over the pairs between (Peng et al. 2023; the ramp is that of its released code)."""
     _check_factor(factor)
+    check_above("the theta of YaRN", theta, 1)
+    _check_turns(original_length, slow=slow, fast=fast)
 
     def pair_that_turns(times: float) -> float:
         return width * math.log(original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -121,10 +124,17 @@ def llama3_scaling(
     """Llama 3.1: what turns more than `high` times in the original length is kept, less than `low` times divided by
     `factor`, linear in the number of turns between (Dubey et al. 2024)."""
     _check_factor(factor)
+    _check_turns(original_length, low=low, high=high)
     kept = [min(max((original_length * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in frequencies]
     return tuple(f / factor * (1 - share) + f * share for f, share in zip(frequencies, kept, strict=True))
 
 
 def _check_factor(factor: float) -> None:
-    if not 1 <= factor < math.inf:
-        raise ValueError(f"a rotary scaling factor must be at least 1 and finite, got {factor}")
+    check_at_least("a rotary scaling factor", factor, 1)
+
+
+def _check_turns(original_length: int, **limits: float) -> None:
+    check_at_least("original_length", original_length, 1)
+    (slow, few), (fast, many) = limits.items()
+    if not 0 < few < many < math.inf:
+        raise ValueError(f"{slow} must be above 0 and below {fast}, both finite, got {slow}={few}, {fast}={many}")

@@ -34,7 +34,7 @@ def check_sampling(sampling: Sampling) -> None:
     What is not known, inside of jit, passes.
     """
     numbers = (sampling.temperature, sampling.top_p, sampling.min_p)
-    temperature, top_p, min_p = (None if isinstance(number, Tracer) else number for number in numbers)
+    temperature, top_p, min_p = (None if x is None or isinstance(x, Tracer) else float(x) for x in numbers)
     if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {sampling.temperature}")
     if sampling.top_k is not None and (type(sampling.top_k) is not int or sampling.top_k < 1):
@@ -52,6 +52,7 @@ def as_arrays(sampling: Sampling) -> Sampling:
 
 def draw(logits: Float[Array, "*B V"], keys: Key[Array, "*B"], sampling: Sampling) -> Int[Array, "*B"]:
     """One token for each row, by its own key: `keys` has the shape *B. Tokens of logit -inf are never drawn."""
+    check_keys(keys, logits.shape[:-1])
     temperature = jnp.asarray(sampling.temperature, logits.dtype)
     warm = logits / jnp.where(temperature == 0, 1, temperature)
     warm = jnp.where(kept_tokens(warm, sampling), warm, -jnp.inf)
@@ -69,6 +70,7 @@ def likeliest(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
 
 def kept_tokens(logits: Float[Array, "*B V"], sampling: Sampling) -> Bool[Array, "*B V"]:
     """What top_k, top_p and min_p leave; the likeliest token is always among it. Of equals the lowest ids stay."""
+    check_sampling(sampling)
     kept = logits > -jnp.inf
     if sampling.top_k is not None:
         kept &= _rank(logits) < sampling.top_k
@@ -91,12 +93,29 @@ def row_keys(key: Key[Array, "..."], batch: tuple[int, ...]) -> Key[Array, "..."
 
     A row's tokens depend on its own key alone, so other rows may come and go.
     """
+    _check_typed(key)
     if key.shape == batch:
         return key
     if key.shape:
         raise ValueError(f"sampling takes one key or one for each row, {batch}, got keys of shape {key.shape}")
     rows = jnp.arange(math.prod(batch)).reshape(batch)
     return by_row(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def check_keys(keys: Key[Array, "..."], batch: tuple[int, ...]) -> None:
+    """TypeError for keys that are plain numbers; ValueError unless there is one for each row."""
+    _check_typed(keys)
+    if keys.shape != batch:
+        raise ValueError(f"each row needs a key, {batch}, got keys of shape {keys.shape}; row_keys makes them of one")
+
+
+def _check_typed(keys: Array) -> None:
+    # plain numbers do not say which of their axes is part of a key: [2] is one key, or two for two rows
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"keys must be typed, as jax.random.key makes them, got {keys.dtype} of shape {keys.shape}; "
+            "jax.random.wrap_key_data types those of jax.random.PRNGKey"
+        )
 
 
 def by_row(function: Callable[..., Array]) -> Callable[..., Array]:

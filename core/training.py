@@ -22,7 +22,7 @@ def accumulated(
     """
     counts = batches.target_mask.sum(axis=tuple(range(1, batches.target_mask.ndim)))
     total = counts.sum()
-    shares = counts / jnp.where(total == 0, 1, total)
+    shares = counts / jnp.maximum(total, 1)
 
     def add(sums, micro):
         batch, share, i = micro

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from core.layers import check_tokens, wide_dtype, zero_padding
-from core.losses import Batch, Metrics, check_label_shapes, likeliest, sequence_metrics, token_cross_entropy
+from core.losses import Batch, Metrics, check_batch, likeliest, sequence_metrics, token_cross_entropy
 
 _HELD = 2**21  # logits that are held at once: docs/performance.md has the measurement
 
@@ -30,6 +30,7 @@ def projected_metrics(
     Unless given, chunk is what proved fast: all positions at once where their logits are small. In chunks the
     gradient is made in the forward pass, also that by the arrays in `project`; forward mode needs all at once.
     """
+    check_batch(batch, x.shape[:-1])
     head = lambda x: project(x)  # a method of a module is not hashable
     *_, positions, vocab = jax.eval_shape(head, x).shape
     if chunk is None:
@@ -38,7 +39,6 @@ def projected_metrics(
         raise ValueError(f"chunk must be at least 1 position, got {chunk}; leave it out for a size that is fast")
     if chunk >= positions:
         return sequence_metrics(project(x), batch, label_smoothing=label_smoothing)
-    check_label_shapes(x.shape[:-1], labels=batch.labels, weights=batch.target_mask)
     check_tokens(jnp.where(batch.target_mask, batch.labels, 0), vocab, "labels")
     number, axis = -(-positions // chunk), x.ndim - 2
     parts = [_chunked(array, axis, number) for array in (x, batch.labels, batch.target_mask)]

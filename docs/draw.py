@@ -1,13 +1,14 @@
 """Draws the pictures of the pages `tour`, `encodings` and `index`: `make pictures`.
 
-Drawings are put together from boxes and arrows; heat-maps are what core's masks and encodings say, and where a model
-looked that was trained here, for a minute, to reverse sequences. Colours are of middle brightness and the ground is
-transparent, so that one picture serves a light page and a dark one.
+Drawings are put together from boxes and arrows. Heat-maps are drawn by `seq2seq.plots`, as the command line's are:
+what core's masks and encodings say, and where a model looked that was trained here, for a minute, to reverse
+sequences. Colours are of middle brightness and the ground is transparent, so that one picture serves a light page and
+a dark one.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from core.masks import Causal, Grid, Mask, Padding, Prefix, Segments, Window
 from core.positions import sinusoidal_table
 from nnx_impl import Trainer, TransformerConfig, evaluation, init_transformer
 from seq2seq.pictures import gallery
+from seq2seq.plots import SIGNED, plot_absolute_encodings, plot_attention, plot_relative_encodings
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, TEAL, PURPLE, RUST, GREY, INK = "#3a6ea8", "#2b7d72", "#7b559e", "#a9592a", "#6b7280", "#7d8590"
 
 
 class Drawing:
-    """An SVG that grows: boxes, arrows, labels and heat-maps, in pixels from the top left."""
+    """An SVG that grows: boxes, arrows, labels and vectors, in pixels from the top left."""
 
     def __init__(self, width: int, height: int, title: str):
         self.parts = [
@@ -75,22 +77,10 @@ class Drawing:
             f'font-weight="{weight}"{family}>{text}</text>'
         )
 
-    def cells(self, x: float, y: float, side: float, weights: np.ndarray, colour: str = BLUE) -> None:
-        """A heat-map of `[T, S]` numbers between 0 and 1: the more, the stronger the colour."""
-        for t, row in enumerate(weights):
-            for s, weight in enumerate(row):
-                shade = f'fill="{colour}" fill-opacity="{weight:.2f}"' if weight >= 0.005 else 'fill="none"'
-                self.parts.append(
-                    f'<rect x="{x + s * side:g}" y="{y + t * side:g}" width="{side}" height="{side}" {shade} '
-                    f'stroke="{INK}" stroke-opacity="0.45" stroke-width="0.7"/>'
-                )
-
-    def image(self, x: float, y: float, width: float, height: float, values: np.ndarray) -> None:
-        """A heat-map of any numbers: blue above 0, rust below, clear at 0."""
-        colours = np.where(values[..., None] > 0, [0x3A, 0x7E, 0xC8], [0xC4, 0x5F, 0x22]) / 255
-        strength = np.abs(values) / (np.abs(values).max() or 1)
-        file = io.BytesIO()
-        imsave(file, np.concatenate([colours, strength[..., None]], -1), format="png")
+    def vector(self, x: float, y: float, width: float, height: float, values: np.ndarray) -> None:
+        """The `[D]` numbers from left to right, in the colours of the heat-maps."""
+        farthest, file = np.abs(values).max(), io.BytesIO()
+        imsave(file, values[None], cmap=SIGNED, vmin=-farthest, vmax=farthest, format="png")
         data = base64.b64encode(file.getvalue()).decode()
         self.parts.append(
             f'<image x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none" '
@@ -139,11 +129,11 @@ def representation() -> None:
         d.arrow((x + 54, 52), (x + 54, 80))
         d.text(x + 54, 100, str(number), mono=True, weight=600)
         d.arrow((x + 54, 108), (x + 54, 152))
-        d.image(x, 156, 108, 22, table[i : i + 1])
+        d.vector(x, 156, 108, 22, table[i])
         d.text(x + 54, 203, "+", weight=600)
-        d.image(x, 218, 108, 22, positions[i : i + 1])
+        d.vector(x, 218, 108, 22, positions[i])
         d.text(x + 54, 264, "=", weight=600)
-        d.image(x, 282, 108, 22, (table + positions)[i : i + 1])
+        d.vector(x, 282, 108, 22, (table + positions)[i])
     d.save("tour/representation.svg")
 
 
@@ -225,51 +215,30 @@ def attention() -> None:
     d.save("tour/attention.svg")
 
 
-def _mask_panels(name: str, title: str, panels: Iterable[tuple[str, str, Mask]], length: int) -> None:
-    panels, side = list(panels), 17
-    rows, step = -(-len(panels) // 3), side * length + 62
-    d = Drawing(720, rows * step + 8, title)
-    for i, (label, code, mask) in enumerate(panels):
-        x, y = 40 + 240 * (i % 3), 44 + step * (i // 3)
-        allowed = np.broadcast_to(mask.cells(Grid((1, 1, length, length))), (1, 1, length, length))[0, 0]
-        d.text(x, y - 25, label, anchor="start", size=13, weight=600)
-        d.text(x, y - 8, code, anchor="start", size=11, mono=True)
-        d.cells(x, y, side, np.asarray(allowed, float) * 0.85)
-        d.text(x - 10, y + side * length / 2, "t", size=12)
-        d.text(x + side * length / 2, y + side * length + 14, "s", size=12)
-    d.save(name)
-
-
 def masks() -> None:
     """Who may see whom, as core.masks says it."""
     real = jnp.arange(8)[None] < 6
     packed = jnp.array([[4, 4, 4, 9, 9, 9, 9, 9]])
-    _mask_panels(
-        "tour/masks.svg",
-        "Queries down, keys across; blue where a query may attend to a key",
-        [
-            ("the decoder's past", "Causal()", Causal()),
-            ("no padding", "Padding(real)", Padding(real)),
-            ("both", "Causal() & Padding(real)", Causal() & Padding(real)),
-            ("the last three", "Causal() & Window(2, 0)", Causal() & Window(2, 0)),
-            ("a prefix sees itself", "Causal() | Prefix(3)", Causal() | Prefix(3)),
-            ("two texts in one row", "Causal() & Segments(ids)", Causal() & Segments(packed)),
-        ],
-        8,
-    )
+    panels: dict[str, Mask] = {
+        "the decoder's past\nCausal()": Causal(),
+        "no padding\nPadding(real)": Padding(real),
+        "both\nCausal() & Padding(real)": Causal() & Padding(real),
+        "the last three\nCausal() & Window(2, 0)": Causal() & Window(2, 0),
+        "a prefix sees itself\nCausal() | Prefix(3)": Causal() | Prefix(3),
+        "two texts in one row\nCausal() & Segments(ids)": Causal() & Segments(packed),
+    }
+    grid = Grid((1, 1, 8, 8))
+    cells = {name: np.broadcast_to(mask.cells(grid), grid.shape)[0] for name, mask in panels.items()}
+    plot_attention(IMAGES / "tour/masks.svg", cells, "01234567", "01234567")
 
 
 def dead_row() -> None:
     """The same logits under three masks."""
     q, k = jax.random.normal(jax.random.key(2), (2, 1, 6, 1, 8)) * 1.4
     none = jnp.ones((6, 6), bool).at[3].set(False)
-    d = Drawing(720, 190, "Weights of the same queries and keys under three masks; a row without keys is 0")
-    for i, (label, mask) in enumerate(
-        {"no mask": None, "causal": Causal(), "row 3 may see nothing": none[None, None]}.items()
-    ):
-        d.text(40 + 240 * i, 20, label, anchor="start", size=13, weight=600)
-        d.cells(40 + 240 * i, 30, 25, np.asarray(attention_weights(q, k, mask=mask))[0, 0], BLUE)
-    d.save("tour/weights.svg")
+    panels = {"no mask": None, "causal": Causal(), "row 3 may see nothing": none[None, None]}
+    weights = {name: np.asarray(attention_weights(q, k, mask=mask))[0] for name, mask in panels.items()}
+    plot_attention(IMAGES / "tour/weights.svg", weights, "012345", "012345")
 
 
 def reverser(steps: int = 400) -> tuple[Any, jax.Array, jax.Array]:
@@ -297,44 +266,29 @@ def looked() -> None:
     _, weights = trained.run(source, target, return_weights=True)
     letters = [str(int(token) - 3) for token in source[0]]
     said = ["▸", *letters[::-1]]
-    d = Drawing(
-        720, 280, "Encoder self-attention, decoder self-attention and cross-attention of a model that reverses digits"
-    )
-    panels = [
-        ("encoder self-attention", "encoder.blocks.0.attention", letters, letters, BLUE),
-        ("decoder self-attention", "decoder.blocks.0.attention", said, said, BLUE),
-        ("cross-attention", "decoder.blocks.0.cross_attention", said, letters, RUST),
-    ]
-    for i, (label, name, queries, keys, colour) in enumerate(panels):
-        x, y, side = 34 + 240 * i, 58, 21
-        shown = np.asarray(weights[name])[0]
-        head = int(shown.max(-1).sum(-1).argmax())  # the one that looks most sharply
-        d.text(x, 20, label, anchor="start", size=13, weight=600)
-        d.cells(x, y, side, shown[head], colour)
-        for j, key in enumerate(keys):
-            d.text(x + (j + 0.5) * side, y - 6, key, size=12, mono=True)
-        for j, query in enumerate(queries):
-            d.text(x - 10, y + (j + 0.72) * side, query, size=12, mono=True)
-    d.save("tour/reverse.svg")
+    panels = {
+        "encoder self-attention": ("encoder.blocks.0.attention", letters, letters),
+        "decoder self-attention": ("decoder.blocks.0.attention", said, said),
+        "cross-attention": ("decoder.blocks.0.cross_attention", said, letters),
+    }
+    shown = {}
+    for label, (name, _, _) in panels.items():
+        heads = np.asarray(weights[name])[0]
+        sharpest = int(heads.max(-1).sum(-1).argmax())
+        shown[label] = heads[sharpest : sharpest + 1]
+    plot_attention(
+        IMAGES / "tour/reverse.svg", shown, {label: queries for label, (_, queries, _) in panels.items()},
+        {label: keys for label, (_, _, keys) in panels.items()},
+    )  # fmt: skip
 
 
 def encodings() -> None:
-    """A picture of each encoding of positions, and one of all by their first head."""
+    """A picture of each encoding of positions."""
     absolute, relative = gallery(48)
     for name, table in absolute.items():
-        d = Drawing(720, 250, f"What {name} positions add to the vectors")
-        d.image(60, 12, 620, 200, table)
-        d.text(30, 112, "position", size=12)
-        d.text(370, 234, f"feature, 0 to {table.shape[1] - 1}", size=12)
-        d.save(f"encodings/{name}.svg")
+        plot_absolute_encodings(IMAGES / f"encodings/{name}.svg", {name: table})
     for name, logits in relative.items():
-        d = Drawing(720, 206, f"What the distance does to the logits under {name}, by head")
-        for head, values in enumerate(logits):
-            d.text(44 + 170 * head, 16, f"head {head}", anchor="start", size=12, weight=600)
-            d.image(44 + 170 * head, 24, 152, 152, values)
-            d.text(120 + 170 * head, 194, "key", size=12)
-        d.text(38, 104, "query", size=11, anchor="end")
-        d.save(f"encodings/{name}.svg")
+        plot_relative_encodings(IMAGES / f"encodings/{name}.svg", {name: logits})
 
 
 DRAWINGS = (two_trees, representation, model, attention, masks, dead_row)

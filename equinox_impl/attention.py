@@ -64,11 +64,15 @@ class MultiHeadAttention(eqx.Module):
         memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
         causal: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B T D"]:
-        """The attended values; memory may come as vectors, or projected by `keys_values`."""
-        return self.run(x, memory, mask=mask, causal=causal, key=key)[0]
+        """The attended values; memory may come as vectors, or projected by `keys_values`.
+
+        `bias` is added to the logits `[*B, N, T, S]`, 1 where it broadcasts; -inf hides.
+        """
+        return self.run(x, memory, mask=mask, bias=bias, causal=causal, key=key)[0]
 
     def run(
         self,
@@ -76,6 +80,7 @@ class MultiHeadAttention(eqx.Module):
         memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
         causal: bool = False,
         prefix: Offset | None = None,
         relative: Relative | None = None,
@@ -93,13 +98,15 @@ class MultiHeadAttention(eqx.Module):
             raise ValueError("a memory is attended to as it is: history and cache go without")
         if isinstance(memory, Slots) and (return_weights or self.dropout.site_key(key) is not None):
             raise ValueError("a memory in slots is for decoding: weights and dropout go without")
-        if cache is not None and (mask is not None or history is not None or return_weights):
-            raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
+        if cache is not None and (any(x is not None for x in (mask, bias, history)) or return_weights):
+            raise ValueError(
+                "attention with a cache is causal self-attention: mask, bias, history and weights go without"
+            )
         with jax.named_scope("q_proj"):
             q = split_heads(self.q_proj(x), self.config.num_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         read = x if history is None else jnp.concatenate([history, x], axis=-2)
-        rules = self.rules()
+        rules: Rules = {**self.rules(), "bias": bias}
         if isinstance(memory, Slots):
             rules["mask"], form = mask, self.config.attention_implementation
             return self.o_proj(merge_heads(slot_attention(q, memory, implementation=form, **rules))), None

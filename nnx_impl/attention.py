@@ -57,11 +57,15 @@ class MultiHeadAttention(Part):
         memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
         causal: bool = False,
         rngs: Rngs | None = None,
     ) -> Float[Array, "*B T D"]:
-        """The attended values; memory may come as vectors, or projected by `keys_values`."""
-        return self.run(x, memory, mask=mask, causal=causal, rngs=rngs)[0]
+        """The attended values; memory may come as vectors, or projected by `keys_values`.
+
+        `bias` is added to the logits `[*B, N, T, S]`, 1 where it broadcasts; -inf hides.
+        """
+        return self.run(x, memory, mask=mask, bias=bias, causal=causal, rngs=rngs)[0]
 
     def run(
         self,
@@ -69,6 +73,7 @@ class MultiHeadAttention(Part):
         memory: Float[Array, "*B S D"] | KeysValues | Slots | None = None,
         *,
         mask: Mask | Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
         causal: bool = False,
         prefix: Offset | None = None,
         relative: Relative | None = None,
@@ -86,13 +91,15 @@ class MultiHeadAttention(Part):
             raise ValueError("a memory is attended to as it is: history and cache go without")
         if isinstance(memory, Slots) and (return_weights or self.dropout.site_key(rngs) is not None):
             raise ValueError("a memory in slots is for decoding: weights and dropout go without")
-        if cache is not None and (mask is not None or history is not None or return_weights):
-            raise ValueError("attention with a cache is causal self-attention: mask, history and weights go without")
+        if cache is not None and (any(x is not None for x in (mask, bias, history)) or return_weights):
+            raise ValueError(
+                "attention with a cache is causal self-attention: mask, bias, history and weights go without"
+            )
         with jax.named_scope("q_proj"):
             q = split_heads(self.q_proj(x), self.config.num_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         read = x if history is None else jnp.concatenate([history, x], axis=-2)
-        rules = self.rules()
+        rules: Rules = {**self.rules(), "bias": bias}
         if isinstance(memory, Slots):
             rules["mask"], form = mask, self.config.attention_implementation
             return self.o_proj(merge_heads(slot_attention(q, memory, implementation=form, **rules))), None

@@ -59,8 +59,9 @@ def generate(
 
     Without `sampling` each is the likeliest, with it drawn; then `rngs` is a stream, a key, or a key for each row.
     `forced` says which token must stand where, -1 for any: a row that begins with given tokens, say. A decoder-only
-    model continues the prompt `source`, whose rows have their real tokens first; with `prefix` the prompt's tokens
-    see each other, with `prefill_chunk` it is read that many tokens at a time, to save memory.
+    model continues the prompt `source`, whose rows have their real tokens first; ends in it, of earlier documents or
+    turns, are tokens like others, and only a generated one ends a row. With `prefix` the prompt's tokens see each
+    other, with `prefill_chunk` it is read that many tokens at a time, to save memory.
 
     >>> config = TransformerConfig(source_vocab_size=9, target_vocab_size=9, d_model=8, num_heads=2, d_ff=16)
     >>> model = Transformer(config, rngs=nnx.Rngs(0))

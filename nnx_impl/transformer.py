@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from core.cache import DecoderCache
 from core.config import MaybeNone, TransformerConfig
-from core.decoding import BOS, prefill, prompt_lengths
+from core.constraints import check_id
+from core.decoding import BOS, check_max_length, prefill, prompt_lengths, whole
 from core.layers import masked_mean, site_keys, source_vectors
 from core.masks import Offset, combine, padding, pair_segments, segment_positions, segments
 from nnx_impl.layers import Embedding, Linear, Rngs, Unembedding, call_key
@@ -110,6 +111,8 @@ class Transformer(nnx.Module):
         bos_id: int = BOS,
     ) -> tuple[Integer[Array, "*B"], DecoderCache]:
         """What a decoding loop begins with: each row's first token, and the cache that holds its source."""
+        check_id("bos_id", whole("bos_id", bos_id), self.config.vocab_size("target"))
+        check_max_length(max_length)
         memory, mask = self.encode(source, source_mask=source_mask), padding(source_mask, source.shape)
         cache = self.decoder.init_cache(source.shape[:-1], max_length, memory, memory_mask=mask)
         return jnp.full(source.shape[:-1], bos_id, jnp.int32), cache
@@ -264,6 +267,7 @@ class DecoderOnlyTransformer(nnx.Module):
         Each row of the prompt has its real tokens first; `bos_id` is the prompt's own affair. With `prefix` its
         tokens see each other; otherwise it may be read `chunk` tokens at a time.
         """
+        check_max_length(max_length)
         lengths = prompt_lengths(source_mask, source)
         capacity = source.shape[-1] + max_length
         cache = self.decoder.init_cache(source.shape[:-1], capacity, prefix=lengths if prefix else None)

@@ -334,6 +334,8 @@ def generate(
         prefix=prefix,
     )  # fmt: skip
     opened = Run.open(run)
+    if attention is not None:
+        check_layers(opened)
     package, task = load_frontend(frontend or opened.frontend), opened.load_task()
     model = opened.load_model(package, task)
     folder = None if attention is None else make_folder(attention)
@@ -401,6 +403,7 @@ def attention(
     from seq2seq.runs import Run
 
     opened = Run.open(run)
+    check_layers(opened)
     package, task = load_frontend(frontend or opened.frontend), opened.load_task()
     model, source = opened.load_model(package, task), task.parse(word)
     (target,) = predict(package, model, task, [source], tokens=opened.options.tokens)
@@ -423,7 +426,7 @@ def encodings(
         Path | None, typer.Argument(help="A folder that `isoformer train` made.", show_default="every kind, untrained")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/encodings"),
-    length: Annotated[int, typer.Option(help="Positions to show.")] = 48,
+    length: Annotated[int, typer.Option(min=1, help="Positions to show.")] = 48,
 ) -> None:
     """Draw encodings of positions: those that a run has learned, or a gallery of every kind."""
     from seq2seq.pictures import gallery, run_encodings
@@ -468,6 +471,16 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder} cannot hold pictures: {error.strerror}; give another --output") from None
     return folder
+
+
+def check_layers(run: "Run") -> None:
+    """UserError where there is no attention to draw."""
+    layers = run.config.num_encoder_layers, run.config.num_decoder_layers
+    if 0 in layers:
+        raise UserError(
+            "attention is drawn of at least one encoder and one decoder layer, got {} and {}; train with --layers 1 "
+            "or more".format(*layers)
+        )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a quarter is what another test compiled
 
@@ -33,11 +34,14 @@ gc.set_threshold(50_000, 20, 20)  # traces make many objects and little garbage:
 jaxtyping.install_import_hook(["core", "nnx_impl", "equinox_impl"], "tests.typecheck.checked")
 
 _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# 20 examples in ci as in dev, to stay below 15 minutes on two cores; for more there is nightly, by `make nightly`
 settings.register_profile("dev", max_examples=20, **_SLOW_IS_FINE)
 settings.register_profile(
     "ci", parent=settings.get_profile("ci"), max_examples=20, derandomize=True, database=None, **_SLOW_IS_FINE
 )
-settings.register_profile("nightly", max_examples=1000, print_blob=True, **_SLOW_IS_FINE)
+settings.register_profile(  # from Hypothesis's own default: that of CI=1 draws the same each night and keeps nothing
+    "nightly", parent=settings.get_profile("default"), max_examples=1000, print_blob=True, **_SLOW_IS_FINE
+)
 settings.register_profile("mutation", max_examples=8, derandomize=True, database=None, **_SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 

@@ -1,6 +1,8 @@
 """What the laws draw: small shapes in buckets, so that JAX compiles little, and bulk data by a seed."""
 
-from typing import NamedTuple, get_args
+import itertools
+import types
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from hypothesis import strategies as st
@@ -54,7 +56,8 @@ def bool_mask(shape: AttentionShape, seed: int, density: float = 0.6) -> np.ndar
 
 @st.composite
 def configs(draw, **fixed) -> TransformerConfig:
-    """A small configuration; the first choice of each field is the simplest."""
+    """A small configuration; the first choice of each field is the simplest. Most have blocks on both sides."""
+    layers = st.sampled_from([1, 1, 1, 1, 2, 0])
     heads = draw(st.sampled_from([1, 2, 4]))
     width = draw(st.sampled_from([2, 4, 6])) * heads
     fields = {
@@ -66,8 +69,8 @@ def configs(draw, **fixed) -> TransformerConfig:
         "num_kv_heads": draw(st.sampled_from([None, 1, max(1, heads // 2)])),
         "value_dim": draw(st.sampled_from([None, 3])),
         "d_ff": draw(st.sampled_from([5, 16])),
-        "num_encoder_layers": draw(st.integers(0, 2)),
-        "num_decoder_layers": draw(st.integers(0, 2)),
+        "num_encoder_layers": draw(layers),
+        "num_decoder_layers": draw(layers),
         "max_length": 12,
         "dropout_rate": draw(st.sampled_from([0.0, 0.25])),
         "attention_dropout_rate": draw(st.sampled_from([0.0, 0.25])),
@@ -102,6 +105,96 @@ def configs(draw, **fixed) -> TransformerConfig:
     if fields["tie_embeddings"] == "all":
         fields["source_vocab_size"] = fields["target_vocab_size"]
     return TransformerConfig(**fields)
+
+
+def choices(hint: Any) -> list[Any]:
+    """The values that a field's annotation names: those of its Literals, both truth values, None."""
+    if get_origin(hint) in (types.UnionType, Union):
+        return [value for member in get_args(hint) for value in choices(member)]
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return {bool: [False, True], types.NoneType: [None]}.get(hint, [])
+
+
+CHOICES = {name: choices(hint) for name, hint in get_type_hints(TransformerConfig).items()}
+NUMBERS = {  # values that annotations do not name
+    "d_model": [16, 24],
+    "d_ff": [5, 16],
+    "num_heads": [2, 4],
+    "num_kv_heads": [1],
+    "value_dim": [3],
+    "attention_scale": [1.0],
+    "attention_soft_cap": [2.0],
+    "attention_window": [(2, 1)],
+    "norm_epsilon": [1e-6, 1e-3],
+    "dropout_rate": [0.0, 0.25],
+    "embedding_dropout_rate": [0.5],
+    "attention_dropout_rate": [0.0, 0.25],
+    "stochastic_depth_rate": [0.0, 0.25],
+    "source_features": [3],
+}
+WITH_POSITIONS = {
+    "learned": {"max_length": 7},
+    "shaw": {"relative_distance": 2},
+    "t5": {"relative_distance": 5, "relative_buckets": 4, "history_length": 2},
+    "transformer_xl": {"history_length": 3},
+}
+WITH_SCALING = [
+    {"rotary_layout": layout, "rotary_dim": width, "rotary_theta": theta, "rotary_original_length": length, **factor}
+    for layout in CHOICES["rotary_layout"]
+    for width, theta, length, factor in (
+        (None, 1e4, 64, {"rotary_factor": 4.0}),
+        (4, 500.0, 32, {"rotary_factor": 2.0}),
+    )
+]
+TOGETHER = [  # fields whose values mean something, or are allowed, only beside others
+    [{"positions": name} | WITH_POSITIONS.get(name, {}) for name in CHOICES["positions"] if name != "rotary"]
+    + [
+        {"positions": "rotary", "rotary_scaling": scaling} | others
+        for scaling, others in zip(CHOICES["rotary_scaling"], itertools.cycle(WITH_SCALING), strict=False)
+    ],
+    [
+        {"norm_order": order, "parallel_residual": parallel}
+        for order in CHOICES["norm_order"]
+        for parallel in CHOICES["parallel_residual"][: 1 if order == "post" else 2]
+    ],
+    [
+        {"tie_embeddings": tied, "source_vocab_size": 13 if tied == "all" else 11, "target_vocab_size": 13}
+        for tied in CHOICES["tie_embeddings"]
+    ],
+    [{"remat": False}, *({"remat": True, "remat_keeps": kept} for kept in CHOICES["remat_keeps"])],
+    [{"scan_layers": scan, "num_encoder_layers": 1 + scan, "num_decoder_layers": 1 + scan} for scan in (False, True)],
+]
+
+
+def covering_rows() -> list[dict[str, Any]]:
+    """Fields of small configurations, one row for each kind of positions, that take every value between them.
+
+    Each value of an option comes in as many rows as any other, to one, and any two of two small options meet in one.
+    A new option takes part by its annotation, or by its line in `NUMBERS`.
+    """
+    together = {name for option in TOGETHER for value in option for name in value}
+    values = {name: named + NUMBERS.get(name, []) for name, named in CHOICES.items() if name not in together}
+    options = TOGETHER + [[{name: value} for value in its] for name, its in values.items() if its]
+    rows, rng = len(options[0]), np.random.default_rng(0)
+    columns = [np.arange(rows)]  # which value each row takes of each option
+
+    def meets_all(option: list, column: np.ndarray) -> bool:
+        pairs = [(len(option) * len(other), its) for other, its in zip(options, columns, strict=False)]
+        return all(len(set(zip(column, its, strict=True))) == count for count, its in pairs if count <= rows // 2)
+
+    for option in options[1:]:
+        column = rng.permutation(np.arange(rows) % len(option))
+        while not meets_all(option, column):
+            column = rng.permutation(column)
+        columns.append(column)
+    return [
+        dict(field for option, i in zip(options, row, strict=True) for field in option[i].items())
+        for row in zip(*columns, strict=True)
+    ]
+
+
+COVERING_ROWS = covering_rows()
 
 
 class AttentionCase(NamedTuple):

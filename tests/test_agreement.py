@@ -33,11 +33,16 @@ from tests.frontends import (
     random_weights,
     same_bits,
 )
-from tests.strategies import configs, seeds
+from tests.strategies import COVERING_ROWS, configs, seeds
 
 batches = st.sampled_from([(2,), (), (2, 1)])
-# an example traces and compiles whole models: one that fails is reported as it is, not shrunk for minutes
-few = partial(settings, phases=[Phase.explicit, Phase.generate])
+blockwise = configs(attention_implementation="blockwise", dropout_rate=0.25, num_encoder_layers=1, num_decoder_layers=1)
+
+
+def few(examples):
+    """As many examples, and more by night; each traces whole models, so one that fails is reported, not shrunk."""
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    return settings(phases=phases, max_examples=max(examples, settings.default.max_examples // 20))
 
 
 def forward(package, config, kind="Transformer"):
@@ -86,6 +91,38 @@ CLASSIFIER_PROGRAMS = [forward, gradient, forward_with_dropout, gradient_with_dr
 PROGRAMS = [*CLASSIFIER_PROGRAMS, decode_step]
 
 
+def packed(package, config):
+    """Of the encoder-decoder: two pairs in one row, and every attention's weights."""
+
+    def run(weights, batch):
+        model = package.evaluation(package.from_weights(config, weights))
+        ids = {"source_segments": (batch.source > 4).astype(int), "target_segments": (batch.inputs > 4).astype(int)}
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        return model(batch.source, batch.inputs, **ids), model.run(
+            batch.source, batch.inputs, return_weights=True, **ids, **masks
+        )
+
+    return run
+
+
+def inference(package, config):
+    """Logits under masks, the weights of attention to packed pairs, and a step with a cache, in one program."""
+
+    def run(weights, batch):
+        model = package.evaluation(package.from_weights(config, weights))
+        source, inputs = batch.source, batch.inputs
+        masks = {"source_mask": batch.source_mask, "target_mask": batch.target_mask}
+        ids = {"source_segments": (source > 4).astype(int), "target_segments": (inputs > 4).astype(int)}
+        tokens, cache = model.start(source, source_mask=batch.source_mask, max_length=6)
+        return (
+            model(source, inputs, **masks),
+            model.run(source, inputs, return_weights=True, **masks, **ids),
+            model.decode_step(tokens[..., None], cache),
+        )
+
+    return run
+
+
 def texts(program, config, weights, batch, **kind):
     return [program_text(program(package, config, **kind), weights, batch) for package in FRONTENDS.values()]
 
@@ -102,8 +139,22 @@ def train_step_difference(config, weights, batch, kind="Transformer", **options)
     return dataflow_difference(*steps)
 
 
+def kind_of_positions(row):
+    return f"{row['positions']} {row['rotary_scaling']}" if row["positions"] == "rotary" else row["positions"]
+
+
+@pytest.mark.parametrize("row", COVERING_ROWS, ids=kind_of_positions)
+def test_every_value_of_every_option_lowers_to_the_same_text(row):
+    with jax.enable_x64("float64" in (row["dtype"], row["param_dtype"])):
+        config = TransformerConfig(**row)
+        weights, data = random_weights(config, 0), random_batch(config, 0)
+        for program in (inference, gradient_with_dropout):
+            first, second = texts(program, config, weights, data)
+            assert first == second, f"{program.__name__} of {config} differs"
+
+
 @given(config=configs(), batch=batches, seed=seeds)
-@few(max_examples=6)
+@few(6)
 def test_both_frontends_lower_to_the_same_text(config, batch, seed):
     weights, data = random_weights(config, 0), random_batch(config, seed, batch=batch)
     for program in PROGRAMS:
@@ -111,8 +162,8 @@ def test_both_frontends_lower_to_the_same_text(config, batch, seed):
         assert first == second, f"{program.__name__} of {config} differs"
 
 
-@given(config=configs(attention_implementation="blockwise", dropout_rate=0.25), batch=batches, seed=seeds)
-@few(max_examples=2)
+@given(config=blockwise, batch=batches, seed=seeds)
+@few(2)
 def test_blockwise_models_lower_to_the_same_text(config, batch, seed):
     weights, data = random_weights(config, 0), random_batch(config, seed, batch=batch)
     for program in (decode_step, gradient_with_dropout):
@@ -122,33 +173,42 @@ def test_blockwise_models_lower_to_the_same_text(config, batch, seed):
 
 
 @given(config=configs(dropout_rate=0.25), seed=seeds)
-@few(max_examples=4)
+@few(4)
 def test_both_train_steps_are_the_same_dataflow(config, seed):
     assert train_step_difference(config, random_weights(config, 0), random_batch(config, seed)) is None, config
 
 
-@given(config=configs(dropout_rate=0.25), data=st.data())
-@few(max_examples=4)
-def test_encoder_only_and_decoder_only_models_lower_to_the_same_text(config, data):
-    key = data.draw(st.sampled_from([None, 3]))
-    tokens = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
-    mask = jnp.asarray([[True, True, True, False], [True, False, False, False]])
-    for name, kind in (("EncoderOnlyTransformer", "source_mask"), ("DecoderOnlyTransformer", "target_mask")):
-        weights, found = random_weights(config, 0, model_class=name), []
-        for package, keyword in ((nnx_impl, "rngs"), (equinox_impl, "key")):
+def one_stack(package, config, name):
+    """Logits of a model that has no other stack, the weights of attention to what is packed, and logits in training."""
 
-            def program(weights, package=package, keyword=keyword, name=name, kind=kind):
-                model = package.from_weights(config, weights, model_class=getattr(package, name))
-                if key is None:
-                    return package.evaluation(model)(tokens, **{kind: mask})
-                return model(tokens, **{kind: mask, keyword: jax.random.key(key)})
+    def run(weights, batch):
+        model = package.from_weights(config, weights, model_class=getattr(package, name))
+        side, given = ("target", batch.inputs) if name == "DecoderOnlyTransformer" else ("source", batch.source)
+        mask = {f"{side}_mask": getattr(batch, f"{side}_mask")}
+        packed = {} if name == "Classifier" else {f"{side}_segments": (given > 4).astype(int)}
+        randomness = {"rngs" if package is nnx_impl else "key": jax.random.key(3)}
+        evaluated = package.evaluation(model)
+        return (
+            evaluated(given, **mask),
+            evaluated.run(given, return_weights=True, **mask, **packed),
+            model(given, **mask, **randomness),
+        )
 
-            found.append(program_text(program, weights))
-        assert found[0] == found[1], f"{name} of {config} differs"
+    return run
+
+
+@pytest.mark.parametrize("name", ["EncoderOnlyTransformer", "DecoderOnlyTransformer", "Classifier"])
+@given(config=configs(dropout_rate=0.25), batch=batches, seed=seeds)
+@few(4)
+def test_models_of_one_stack_lower_to_the_same_text(name, config, batch, seed):
+    draw = random_examples if name == "Classifier" else random_batch
+    weights, data = random_weights(config, 0, model_class=name), draw(config, seed, batch=batch)
+    found = [program_text(one_stack(package, config, name), weights, data) for package in FRONTENDS.values()]
+    assert found[0] == found[1], config
 
 
 @given(config=configs(dropout_rate=0.25), batch=batches, seed=seeds)
-@few(max_examples=4)
+@few(4)
 def test_classifiers_lower_to_the_same_text(config, batch, seed):
     """And in tree mode to the same once more."""
     weights, data = random_weights(config, 0, model_class="Classifier"), random_examples(config, seed, batch=batch)
@@ -160,7 +220,7 @@ def test_classifiers_lower_to_the_same_text(config, batch, seed):
 
 
 @given(config=configs(dropout_rate=0.25), seed=seeds, accumulate=st.booleans())
-@few(max_examples=3)
+@few(3)
 def test_train_steps_of_classifiers_are_the_same_dataflow(config, seed, accumulate):
     weights = random_weights(config, 0, model_class="Classifier")
     data = random_examples(config, seed, batch=(3, 2) if accumulate else (2,))
@@ -175,17 +235,6 @@ def test_losses_in_chunks_lower_to_the_same_text(monkeypatch):
     assert train_step_difference(CONFIG, weights, data) is None
     monkeypatch.undo()
     assert texts(gradient_with_dropout, CONFIG, weights, data)[0] != first
-
-
-def packed(package, config):
-    """Two pairs in one row, the encoder-decoder."""
-
-    def run(weights, batch):
-        model = package.evaluation(package.from_weights(config, weights))
-        ids = {"source_segments": (batch.source > 4).astype(int), "target_segments": (batch.inputs > 4).astype(int)}
-        return model(batch.source, batch.inputs, **ids)
-
-    return run
 
 
 def continued(package, config):
@@ -211,7 +260,7 @@ def prefixed(package, config):
 
 
 @given(config=configs(), batch=batches, seed=seeds)
-@few(max_examples=3)
+@few(3)
 def test_packed_continued_and_prefixed_models_lower_to_the_same_text(config, batch, seed):
     data = random_batch(config, seed, batch=batch)
     kinds = [(packed, "Transformer", config), (prefixed, "DecoderOnlyTransformer", config)]
@@ -245,7 +294,7 @@ def decoded(package, config, name):
 
 @pytest.mark.parametrize("name", ["Transformer", "DecoderOnlyTransformer"])
 @given(config=configs(), batch=batches, seed=seeds)
-@few(max_examples=3)
+@few(3)
 def test_every_way_of_decoding_lowers_to_the_same_text(name, config, batch, seed):
     weights, data = random_weights(config, 0, model_class=name), random_batch(config, seed, batch=batch)
     found = [program_text(decoded(package, config, name), weights, data) for package in FRONTENDS.values()]
@@ -261,7 +310,7 @@ def test_accumulated_and_rematerialised_train_steps_are_the_same_dataflow():
 
 
 @given(config=configs(), batch=batches, seed=seeds)
-@few(max_examples=2)
+@few(2)
 def test_outputs_gradients_and_generated_tokens_are_equal_in_bits(config, batch, seed):
     weights, data = random_weights(config, seed), random_batch(config, seed, batch=batch)
     for program in (forward_with_dropout, gradient, generation):
@@ -274,7 +323,7 @@ KINDS = ["Transformer", "EncoderOnlyTransformer", "DecoderOnlyTransformer", "Cla
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(config=configs(), seed=st.integers(0, 2**31))
-@few(max_examples=3)
+@few(3)
 def test_one_seed_initialises_the_same_bits(kind, config, seed):
     models = [
         package.init_transformer(config, seed=seed, model_class=getattr(package, kind))
@@ -288,7 +337,7 @@ def test_one_seed_initialises_the_same_bits(kind, config, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(config=configs(), seed=seeds)
-@few(max_examples=3)
+@few(3)
 def test_weights_go_from_each_frontend_to_the_other_and_back(kind, config, seed):
     weights = random_weights(config, seed, model_class=kind)
     for order in (list(FRONTENDS.values()), list(FRONTENDS.values())[::-1]):
@@ -300,7 +349,7 @@ def test_weights_go_from_each_frontend_to_the_other_and_back(kind, config, seed)
 
 
 @given(graph=st.booleans(), config=configs(dropout_rate=0.25, attention_dropout_rate=0.1))
-@few(max_examples=3)
+@few(3)
 def test_twenty_training_steps_are_equal_in_bits(graph, config):
     weights = random_weights(config, 0)
     trainers = {}
@@ -323,7 +372,7 @@ def test_twenty_training_steps_are_equal_in_bits(graph, config):
 
 
 @given(config=configs(dropout_rate=0.25), seed=seeds)
-@few(max_examples=2)
+@few(2)
 def test_classifiers_train_in_equal_bits(config, seed):
     weights, trainers = random_weights(config, seed, model_class="Classifier"), []
     with jax.numpy_dtype_promotion("standard"):  # optax adds integers to floats
@@ -340,7 +389,7 @@ def test_classifiers_train_in_equal_bits(config, seed):
 
 
 @given(config=configs(), seed=seeds)
-@few(max_examples=3)
+@few(3)
 def test_batched_equals_vmapped_in_bits(config, seed):
     weights, data = random_weights(config, seed), random_batch(config, seed, batch=(3,))
     for package in FRONTENDS.values():
@@ -350,7 +399,7 @@ def test_batched_equals_vmapped_in_bits(config, seed):
 
 
 @given(config=configs())
-@few(max_examples=3)
+@few(3)
 def test_graph_mode_and_tree_mode_lower_to_the_same_text(config):
     weights, data, found = random_weights(config, 0), random_batch(config, 0), []
     for graph in (True, False):

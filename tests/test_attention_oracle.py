@@ -167,10 +167,10 @@ def test_the_weights_told_are_those_that_were_used(combination, seed):
 def test_attention_its_weights_and_both_are_one_computation(combination):
     """Every option reaches each of the three."""
     q_k_v, given = [jnp.asarray(x) for x in qkv(combination.shape, 7)], options(combination, 7, "float32")
-    rules = rules_of(combination, given) | {"dropout_rate": 0.4}
-    key = lambda: jax.random.key(3)
-    out, weights = attention_with_weights(*q_k_v, **rules, dropout_key=key())
-    exactly(np.asarray(dot_product_attention(*q_k_v, **rules, dropout_key=key())), np.asarray(out))
+    rules = rules_of(combination, given)
+    dropped = lambda: {"dropout_rate": 0.4, "dropout_key": jax.random.key(3)}
+    out, weights = attention_with_weights(*q_k_v, **rules, **dropped())
+    exactly(np.asarray(dot_product_attention(*q_k_v, **rules, **dropped())), np.asarray(out))
     exactly(np.asarray(attention_weights(*q_k_v[:2], **rules)), np.asarray(weights))
 
 

@@ -24,7 +24,7 @@ BAD = [
     *[({name: value}, f"{name} must be at least 0 and below 1, got {value}")
       for name in ("dropout_rate", "attention_dropout_rate", "embedding_dropout_rate", "stochastic_depth_rate")
       for value in (1.0, 1, 1.5, -0.1, nan, inf)],
-    *[({name: value}, f"{name} must be at least .* and finite, got {value}")
+    *[({name: value}, f"{name} must be above 0 and finite, got {value}")
       for name in ("norm_epsilon", "rotary_theta", "attention_scale", "attention_soft_cap")
       for value in (0.0, -1.0, nan, inf)],
     *[({"rotary_factor": value}, f"rotary_factor must be at least 1 and finite, got {value}")
@@ -64,6 +64,8 @@ BAD = [
     ({"rotary_dim": 3, "positions": "rotary"}, "turn an even number of features, rotary_dim or else .*, got 3"),
     *[({"rotary_dim": value, "positions": "rotary"}, rf"rotary_dim must lie in \[2, head width 64\], got {value}")
       for value in (0, -2, 66)],
+    *[({"rotary_theta": value, "rotary_scaling": "yarn", "positions": "rotary"},
+       f"the rotary_theta of YaRN must be above 1 and finite, got {value}") for value in (1.0, 0.5, 1)],
     *[({"relative_buckets": value, "positions": "t5"}, f"relative_buckets must be even and at least 4, got {value}")
       for value in (2, 0, -4, 7)],
     *[({"relative_buckets": 8, "relative_distance": value, "positions": "t5"},
@@ -126,6 +128,9 @@ def test_what_was_invented_later_is_off_unless_asked_for():
         {"positions": "shaw", "relative_buckets": 1, "relative_distance": 1},
         {"positions": "rotary", "rotary_dim": 2, "rotary_factor": 1},
         {"positions": "rotary", "rotary_dim": 64},
+        {"positions": "rotary", "rotary_scaling": "yarn", "rotary_theta": 1.001},
+        {"positions": "rotary", "rotary_scaling": "ntk", "rotary_theta": 1.0},
+        {"positions": "sinusoidal", "rotary_scaling": "yarn", "rotary_theta": 1.0},
         {"positions": "sinusoidal", "rotary_dim": 3},
         {"attention_window": (0, 0)},
         {"parallel_residual": True, "norm_order": "pre"},

@@ -1,16 +1,21 @@
 """The conformance kit judges rightly: ours conform, every bug of the museum is rejected, right ones pass."""
 
+import contextlib
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from conformance.adapters import Attention, Sinusoid
+from conformance.adapters import Attention, Cache, Sampling, Search, Sinusoid, WeightsFile
 from conformance.cache_machine import Decoding, cache_machine
 from conformance.law import Violation, judge, law, refuses, require, same_bits, within
 from conformance.laws import ALL, laws_for, named
-from conformance.museum import EXHIBITS, LATER, caches
+from conformance.laws import decoding as laws_of_search
+from conformance.laws.sampling import nucleus
+from conformance.museum import EXHIBITS, LATER, caches, decoding
+from conformance.museum.jax_right import jax_attention
 from conformance.museum.right import blocked_attention, numpy_attention
 from conformance.snippet import literal, snippet
 from conformance.subjects import eqx_nn, flax_nnx, jax_nn, ours
@@ -39,15 +44,32 @@ def test_ours_offer_all_that_the_laws_of_attention_ask_for():
 
 
 @pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda e: f"{e.number}-{e.adapter.name}")
-def test_every_bug_of_the_museum_is_rejected_by_the_laws_it_names(exhibit):
+def test_every_bug_of_the_museum_is_rejected_by_the_laws_it_names_and_by_a_snippet(exhibit):
+    target = f"conformance.museum:EXHIBITS[{EXHIBITS.index(exhibit)}].adapter"
     for name in exhibit.laws:
         verdict = judge(named(name), exhibit.adapter, shrinks=0)
         assert verdict.status not in ("holds", "not offered"), f"{name} lets {exhibit.defect!r} pass"
+        code = snippet(target, verdict)
+        broken = pytest.raises((Violation, KeyError)) if ").check(" in code else contextlib.nullcontext()
+        with broken, warnings.catch_warnings(action="ignore"):  # NumPy's, of what the wrong one does
+            exec(code, {})
 
 
-@pytest.mark.parametrize("adapter", [numpy_attention, blocked_attention, caches.right], ids=lambda a: a.name)
+RIGHT = [
+    numpy_attention,
+    blocked_attention,
+    jax_attention,
+    caches.right,
+    decoding.right_search,
+    decoding.right_sampling,
+]
+
+
+@pytest.mark.parametrize("adapter", RIGHT, ids=lambda a: a.name)
 def test_right_implementations_pass_every_law(adapter):
-    wrong = [v for v in (judge(law, adapter) for law in laws_for(adapter)) if v.status not in ("holds", "not offered")]
+    examples = EXAMPLES if adapter is jax_attention else 25
+    verdicts = (judge(law, adapter, max_examples=examples) for law in laws_for(adapter))
+    wrong = [v for v in verdicts if v.status not in ("holds", "not offered")]
     assert not wrong, [(v.law.name, v.failure.message) for v in wrong if v.failure]
 
 
@@ -90,7 +112,7 @@ def test_the_kit_finds_the_known_defects_of_peers(adapter, name):
         (flax_nnx.cache, "one token at a time is the full forward"),
         (flax_nnx.cache, "reordered rows go on as the rows they were"),
         (jax_nn.attention, "a key that no query sees may hold anything"),
-        (jax_nn.attention, "rules hold together"),
+        (jax_nn.attention, "options hold together"),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -101,6 +123,52 @@ def test_where_peers_are_right_they_pass(adapter, name):
 def test_the_mean_of_the_values_is_a_convention_and_no_defect():
     verdict = judge(named("a query with nothing to see gives zero"), jax_nn.attention, max_examples=4)
     assert (verdict.status, verdict.convention) == ("differs", "the mean of all values")
+
+
+def freed(table, first, *, max_length, beam_size, eos, pad, length_penalty=0.0):
+    """A search where what ends frees its slot."""
+    case = laws_of_search.Case(table, first, laws_of_search.Setting(beam_size, length_penalty, eos, pad))
+    tokens = np.full((len(first), max_length), pad)
+    for row in range(len(first)):
+        found = laws_of_search.best(case, row, laws_of_search.beside(1, True), []).tokens
+        tokens[row, : len(found)] = found
+    return tokens
+
+
+class ColdNucleus(decoding.NumpySampling):
+    """Top-p, and only then the temperature."""
+
+    def __call__(self, logits, *, seed, temperature=1.0, top_p=None, **rules):
+        if top_p is not None:
+            p = np.exp(np.float64(logits) - logits.max())
+            logits = np.where(nucleus(p[0] / p[0].sum(), top_p) > 0, logits, -np.inf)  # all rows are alike
+        return super().__call__(logits, seed=seed, temperature=temperature, **rules)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "convention"),
+    [
+        (
+            Search("freed", freed, decoding.CAN_SEARCH),
+            "a narrow beam is the search written down",
+            "W go on beside what has ended among the W likeliest",
+        ),
+        (
+            Sampling("cold nucleus", ColdNucleus(), decoding.CAN_DRAW),
+            "the mass of top p is that after the temperature",
+            "the mass is that before the temperature",
+        ),
+        (
+            Sampling("cold nucleus", ColdNucleus(), decoding.CAN_DRAW),
+            "the mass of top p is that of what top k has left",
+            "the mass is that of all tokens",
+        ),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_other_rules_of_decoding_are_conventions_and_no_defects(adapter, name, convention):
+    verdict = judge(named(name), adapter, shrinks=0)
+    assert (verdict.status, verdict.convention) == ("differs", convention)
 
 
 # verdicts
@@ -173,10 +241,33 @@ def test_verdicts_are_the_same_in_every_run():
 
 
 def test_unknown_flags_are_named():
-    with pytest.raises(ValueError, match=r"Attention 'x' can do \['masks'\], which is unknown; the flags are .*mask"):
+    with pytest.raises(ValueError, match=r"Attention 'x' can do \['masks'\], which is unknown; .*the flags are .*mask"):
         Attention("x", numpy_attention.function, {"masks"})
+    with pytest.raises(ValueError, match=r"\['masc'\], which is unknown; perhaps 'mask' is meant; the flags are"):
+        Attention("x", numpy_attention.function, {"masc"})
+    with pytest.raises(
+        TypeError, match=r"the flags of Attention 'x' must be a set of names, got 'mask'; give {'mask'}"
+    ):
+        Attention("x", numpy_attention.function, "mask")
     with pytest.raises(ValueError, match="Sinusoid has no flags"):
         law(Sinusoid, "mask", cases=lambda table: st.none())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Attention("x", 3), "Attention 'x' needs a function that can be called, got 3"),
+        (lambda: WeightsFile("x", print), "WeightsFile 'x' needs a load that can be called, got None"),
+        (lambda: Cache("x", print, start=print), "Cache 'x' needs a full that can be called, got None"),
+        (
+            lambda: Cache("x", print, {"reorder"}, start=print, full=print),
+            "Cache 'x' needs a select that can be called, for it has the flag 'reorder', got None",
+        ),
+    ],
+)
+def test_what_an_adapter_needs_is_asked_for_when_it_is_made(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_law_names_are_one_each():
@@ -244,6 +335,52 @@ def test_a_snippet_makes_the_failing_call_again(capsys):
     assert verdict.failure is not None
     assert printed(code, capsys) == "".join(f"{call.result}\n" for call in verdict.failure.calls)
     assert "nan" in str(verdict.failure.calls[-1].result)
+
+
+def test_a_snippet_goes_on_behind_what_was_rightly_refused(capsys):
+    """The failing call is the last one."""
+
+    def refuses_two_axes(q, k, v, *, mask):
+        if mask.ndim == 2:
+            raise ValueError("of rank 2")
+        return np.float32(7)
+
+    @law(Attention, "mask", cases=lambda attend: st.just(np.ones((2, 2), bool)))
+    def twice_refused(attend, mask):
+        for x in (mask, mask[0]):
+            refuses(lambda x=x: attend(x, x, x, mask=x), "this")
+
+    picky = Attention("picky", refuses_two_axes, {"mask"})
+    code = snippet("nowhere:picky", judge(twice_refused, picky, shrinks=0))
+    exec(code.replace("import nowhere as target\n", "").replace("target.picky", "picky"), {"picky": picky})
+    assert capsys.readouterr().out == "ValueError of rank 2\n7.0\n"
+
+
+def refuses_all_but_nan(q, k, v, *, dropout_rate, dropout_seed):
+    if not np.isnan(dropout_rate):
+        raise ValueError(f"no rate: {dropout_rate}")
+    return v
+
+
+rate_unchecked = Attention("rate unchecked", refuses_all_but_nan, {"dropout"})
+
+
+def test_a_snippet_knows_a_rate_that_is_no_number(capsys):
+    verdict = judge(named("a rate outside of zero to one is refused"), rate_unchecked)
+    assert verdict.failure is not None
+    assert "dropout_rate=nan" in verdict.failure.configuration
+    assert printed(snippet(f"{__name__}:rate_unchecked", verdict), capsys).startswith("ValueError no rate: -0.5\n")
+
+
+@pytest.mark.parametrize(
+    ("law", "message"), [("no nan is made on the way", "FloatingPointError"), ("a key is used once", "KeyReuseError")]
+)
+def test_a_snippet_makes_a_careful_call_as_carefully(law, message, capsys):
+    """Under JAX's checks for NaN and for keys used twice."""
+    (exhibit,) = (e for e in EXHIBITS if law in e.laws)
+    verdict = judge(named(law), exhibit.adapter, shrinks=0)
+    code = snippet(f"conformance.museum:EXHIBITS[{EXHIBITS.index(exhibit)}].adapter", verdict)
+    assert printed(code, capsys).startswith(message)
 
 
 def test_a_snippet_of_a_cache_checks_the_law_again():

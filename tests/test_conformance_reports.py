@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -128,9 +129,12 @@ def test_markdown_has_the_same_cells(columns):
     assert "| --- | :-: | :-: | :-: |" in lines
     assert "| sines stand in even columns and cosines in odd | ✓ | ≠ | ✗ |" in lines
     assert lines[-1] == "torch: not installed"
+    assert "adapter = target.wrong" in lines
     (exhibit,) = (e for e in EXHIBITS if e.number == 25)
-    rows = report.kills_as_markdown([suite.Kill(exhibit, ()), suite.kill(exhibit)]).splitlines()
+    kills = [suite.Kill(exhibit, ()), suite.kill(exhibit), suite.Kill(exhibit, exhibit.laws, exhibit.laws)]
+    rows = report.kills_as_markdown(kills).splitlines()
     assert "NOT by an odd width is" in rows[2]
+    assert "without its last column (as another convention) | 0 more |" in rows[4]
     assert rows[3].endswith("| an odd width is the next even table without its last column | 0 more |")
 
 
@@ -172,14 +176,48 @@ def test_the_command_writes_all_three_and_tells_by_its_exit_code(mine, tmp_path)
     [
         ("nowhere", "a target must be pkg.module:adapter, got 'nowhere'"),
         ("no_such_module:x", "needs the module no_such_module, which is not to be found"),
-        ("mine_adapters:number", "got int; mine_adapters has right, other, wrong"),
-        ("mine_adapters:missing", "got NoneType; mine_adapters has right, other, wrong"),
+        ("./mine_adapters.py:right", "a target must be pkg.module:adapter, got './mine_adapters.py:right'"),
+        ("mine_adapters:number", "got int; the adapters of mine_adapters are right, other, wrong"),
+        ("mine_adapters:missing", "mine_adapters has no 'missing'; its adapters are right, other, wrong"),
+        ("lacking:x", "needs the module numppy by "),
+        ("misspelt:x", "cannot be imported, "),
+        ("misspelt:x", "Sinusoid 'x' can do ['odd widht'], which is unknown; perhaps 'odd width' is meant; the flags"),
+        ("unreadable:x", "raises SyntaxError: "),
     ],
 )
 def test_an_unknown_target_is_one_error_and_exit_code_2(mine, target, message):
+    (mine / "lacking.py").write_text("import numppy")
+    (mine / "unreadable.py").write_text("x = (")
+    (mine / "misspelt.py").write_text("from conformance.adapters import *\nx = Sinusoid('x', print, {'odd widht'})")
     done = run(target)
     assert done.exit_code == 2
     assert message in done.output.replace("\n", "")
+
+
+def test_a_file_that_could_not_be_written_is_said_before_anything_is_judged(mine, tmp_path):
+    for option in ("--json", "--page"):
+        done = run("mine_adapters:right", option, str(tmp_path / "nowhere" / "r.json"))
+        assert done.exit_code == 2
+        assert "which is not there" in " ".join(done.output.replace("│", " ").split())
+        assert "sines stand" not in done.output
+
+
+def test_a_named_target_has_its_snippets_below_the_table_as_they_are_pasted(mine):
+    done = run("mine_adapters:wrong", "--max-examples", "3")
+    assert "called with length=1, d_model=2" in done.output
+    code = done.output[done.output.index("import numpy as np") :].partition("\n\n✗")[0]
+    exec(code, {})
+
+
+def test_the_module_may_lie_in_the_folder_where_one_is(mine):
+    """As in a shell, where nothing puts it on the path."""
+    path = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}
+    target = ("mine_adapters:right", "--max-examples", "1")
+    for command in (
+        ("-c", "from conformance.cli import app; app()", *target),
+        ("-P", "-m", "conformance.cli", *target),
+    ):
+        subprocess.run([sys.executable, *command], cwd=mine, env=path, check=True, capture_output=True)
 
 
 def test_the_museum_takes_no_targets():
@@ -191,13 +229,19 @@ def test_the_museum_takes_no_targets():
 def test_what_is_not_installed_is_named_and_not_an_error(monkeypatch):
     def load(target):
         if "torch" in target:
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+            raise suite.TargetError from ModuleNotFoundError("No module named 'torch'", name=missing)
         return [suite.Subject(numpy_attention, target)]
 
     monkeypatch.setattr(suite, "load", load)
+    missing = "torch"
     subjects, absent = suite.shipped()
     assert absent == ["torch"]
     assert len(subjects) == len(suite.SHIPPED) - 1
+    assert len(suite.right()) == len(suite.RIGHT)
+    missing = "another"
+    for call in (suite.shipped, suite.right):
+        with pytest.raises(suite.TargetError):
+            call()
 
 
 # the plugin
@@ -246,8 +290,9 @@ def test_with_paths_the_other_tests_run_too(project):
     assert counts == {"passed": 4, "skipped": 1}
 
 
-def test_an_unknown_target_is_a_usage_error(project):
-    result = project.runpytest_subprocess(*PLUGIN, "--conform", "mine_adapters:number")
+@pytest.mark.parametrize("wrong", [("mine_adapters:number",), ("mine_adapters:right", "--conform-max-examples", "0")])
+def test_an_unknown_target_or_number_of_cases_is_a_usage_error(project, wrong):
+    result = project.runpytest_subprocess(*PLUGIN, "--conform", *wrong)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.beam_search import beam_search
 from core.constraints import FREE, Constraints, forbid, penalised
 from core.decoding import EOS, PAD, greedy, sample
 from core.sampling import Sampling, row_keys
@@ -179,13 +180,56 @@ def test_a_forced_end_ends():
         ({"no_repeat_ngram": 2.0}, "no_repeat_ngram must be an integer of at least 0, got 2.0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must be an integer of at least 0, got -1"),
         ({"min_length": 1.5}, "min_length must be an integer of at least 0, got 1.5"),
-        ({"banned": [3]}, r"banned must be a tuple of token ids, got \[3\]"),
-        ({"banned": (3.0,)}, r"banned must be a tuple of token ids, got \(3.0,\)"),
+        ({"banned": [3]}, r"banned must be a tuple of token ids, integers of at least 0, got \[3\]"),
+        ({"banned": (3.0,)}, r"banned must be a tuple of token ids, integers of at least 0, got \(3.0,\)"),
+        ({"banned": (3, -3)}, r"banned must be a tuple of token ids, integers of at least 0, got \(3, -3\)"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(fields, message, untyped):
     with pytest.raises(ValueError, match=message):
         Constraints(**fields)
+
+
+def drawn(step, first, cache, **options):
+    keys = jax.random.split(jax.random.key(0), first.shape)
+    return sample(step, first, cache, keys=keys, sampling=Sampling(), **options)
+
+
+every_way = pytest.mark.parametrize("decode", [greedy, drawn, beam_search])
+
+
+def decoded(decode, first=(0, 1), **options):
+    """Two rows; the step of zeros knows V alone."""
+    free = lambda tokens, cache: (jnp.zeros((*tokens.shape, V)), cache)
+    return decode(free, jnp.asarray(first), jnp.zeros(2), **{"max_length": 3, **options})
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"forced": [1.9]}, TypeError, "forced must be token ids, -1 for any token, got float32"),
+        ({"forced": [1, V]}, ValueError, rf"vocabulary \[0, {V}\), or -1 for any token, got 1 to {V}"),
+        ({"forced": [[-1, -2], [1, 1]]}, ValueError, "or -1 for any token, got -2 to 1"),
+        ({"forced": [1] * 4}, ValueError, r"\(2, 'P'\) or \('P',\), P at most max_length 3, got \(4,\)"),
+        ({"forced": [[1]] * 3}, ValueError, r"\(2, 'P'\) or \('P',\), P at most max_length 3, got \(3, 1\)"),
+        ({"constraints": Constraints(banned=(99,))}, ValueError, rf"banned .* vocabulary \[0, {V}\), got 99"),
+        ({"constraints": Constraints(min_length=4)}, ValueError, "min_length must be at most max_length 3, got 4"),
+        ({"first": [1.9, 0]}, TypeError, "tokens must be integers, got float32"),
+        ({"max_length": 2.7}, TypeError, "max_length must be an integer, got 2.7"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_every_way_of_decoding(decode, bad, error, message, untyped):
+    with pytest.raises(error, match=message):
+        decoded(decode, **{name: jnp.asarray(x) if name == "forced" else x for name, x in bad.items()})
+
+
+@every_way
+def test_the_last_that_can_be_is_taken_and_so_is_what_is_not_known(decode):
+    """All ids of the vocabulary, as many as there are tokens; any others where only the program is made."""
+    out = decoded(decode, forced=jnp.asarray([-1, 0, V - 1]), constraints=Constraints(banned=(V - 1,), min_length=3))
+    assert jnp.ravel(out if decode is not beam_search else out.tokens).tolist()[1::3] == [0, 0]
+    jax.eval_shape(lambda forced: decoded(decode, forced=forced), jnp.asarray([V, -2]))
 
 
 def test_rules_are_given_by_name():

@@ -224,6 +224,11 @@ def test_a_generation_that_cannot_be_is_refused(changes, more, message, untyped)
         check_generation(V, (2,), rules(**changes), **more)
 
 
+def test_ids_are_integers(untyped):
+    with pytest.raises(TypeError, match=r"eos_id must be an integer, got 1\.5"):
+        check_generation(V, (2,), rules(eos_id=1.5))
+
+
 def test_forced_tokens_are_integers(untyped):
     with pytest.raises(TypeError, match="forced must be token ids, -1 for any token, got float32"):
         check_generation(V, (2,), rules(), forced=jnp.ones(2))

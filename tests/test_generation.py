@@ -81,6 +81,20 @@ def test_a_prompt_read_in_chunks_is_the_prompt(package, chunk):
 
 
 @every_frontend
+def test_an_end_in_a_prompt_ends_nothing(package):
+    """Documents or turns came before. Neither 2 nor 10 is said here, so it is all one which of them is the end."""
+    model = model_of(package, "DecoderOnlyTransformer")
+    prompt = jnp.asarray([[3, 2, 4], [2, 3, 2]], jnp.int32)
+
+    def said(eos_id, other):
+        options = {"max_length": 4, "eos_id": eos_id, "constraints": Constraints(min_length=4, banned=(other,))}
+        return package.generate(model, prompt, **options), *package.beam_search(model, prompt, **options)
+
+    for found, wanted in zip(said(2, 10), said(10, 2), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@every_frontend
 def test_a_score_is_the_log_softmax_of_the_whole_forward_pass(package):
     model = package.evaluation(model_of(package, "Transformer"))
     target = jnp.asarray([[4, 5, 2], [6, 2, 0], [7, 8, 9]], jnp.int32)
@@ -127,6 +141,25 @@ def test_what_cannot_be_decoded_is_named_with_the_rule(package, untyped):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    legacy = key_of(package, jax.random.key_data(key))
+    with pytest.raises(TypeError, match=r"keys must be typed, as jax\.random\.key makes them, got uint32"):
+        package.generate(pair, SOURCE, max_length=2, sampling=Sampling(), **legacy)
+
+
+@every_frontend
+@every_model
+def test_a_loop_begins_with_a_token_and_a_length_that_can_be(package, name, untyped):
+    """Before anything is computed; a prompt has its first token itself."""
+    model = package.evaluation(model_of(package, name))
+    for options, error, message in (
+        ({"max_length": -1}, ValueError, "max_length must be at least 0, got -1"),
+        ({"max_length": 2.7}, TypeError, "max_length must be an integer, got 2.7"),
+        ({"bos_id": 11}, ValueError, r"bos_id must lie in the target vocabulary \[0, 11\), got 11"),
+        ({"bos_id": 1.9}, TypeError, "bos_id must be an integer, got 1.9"),
+    ):
+        if "bos_id" not in options or name == "Transformer":
+            with pytest.raises(error, match=message):
+                model.start(SOURCE, **{"max_length": 2, **options})
 
 
 @every_frontend

@@ -259,6 +259,131 @@ def test_gradients_are_those_of_finite_differences(x64):
     )
 
 
+# bad input
+
+
+X, INTEGERS = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4), jnp.int32)
+SQUARE, VECTOR, REAL = jnp.ones((4, 4)), jnp.ones(4), jnp.ones((2, 3), bool)
+NORMS = {
+    "layer_norm": lambda x, scale, epsilon=1e-6: layer_norm(x, scale, VECTOR, epsilon=epsilon),
+    "rms_norm": lambda x, scale, epsilon=1e-6: rms_norm(x, scale, epsilon=epsilon),
+}
+BIASED = {
+    "linear": (lambda bias: linear(X, SQUARE, bias), "O", r"kernel must be as wide as bias \({}\), got \(4, 4\)"),
+    "layer_norm": (
+        lambda bias: layer_norm(X, VECTOR, bias, epsilon=1e-6), "D",
+        r"x must be as wide as bias \({}\), got \(2, 3, 4\)",
+    ),
+}  # fmt: skip
+NEEDS_FLOATS = {
+    "linear": (linear, SQUARE, "kernel"),
+    **{name: (norm, VECTOR, "scale") for name, norm in NORMS.items()},
+    "unembed": (unembed, SQUARE, "kernel"),
+    "attend": (attend, SQUARE, "embedding"),
+    "attend, one token": (lambda x, table: attend(x[:, :1], table), SQUARE, "embedding"),
+}
+
+
+@pytest.mark.parametrize("width", ["1,", "3,"])
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_of_another_width_is_refused(name, width, untyped):
+    function, _, message = BIASED[name]
+    with pytest.raises(ValueError, match=message.format(width)):
+        function(jnp.ones(int(width[0])))
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"), [((), "replaced or sliced"), ((1, 4), "nnx.vmap or eqx"), ((2, 1, 4), "nnx.vmap or eqx")]
+)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_of_another_rank_is_refused(name, shape, remedy, untyped):
+    function, axis, _ = BIASED[name]
+    with pytest.raises(ValueError, match=rf"bias must be \[{axis}\], got \({', '.join(map(str, shape))}\); .*{remedy}"):
+        function(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize("name", NEEDS_FLOATS)
+def test_numbers_that_are_not_floating_are_refused(name, dtype, untyped):
+    function, parameter, called = NEEDS_FLOATS[name]
+    with pytest.raises(TypeError, match=f"x must be floating point, got {dtype}; cast it to float32"):
+        function(X.astype(dtype), parameter)
+    with pytest.raises(TypeError, match=f"{called} must be floating point, got {dtype}; cast it to float32"):
+        function(X, parameter.astype(dtype))
+
+
+def test_a_bias_a_table_and_a_mean_that_are_not_floating_are_refused(untyped):
+    for biased, _, _ in BIASED.values():
+        with pytest.raises(TypeError, match="bias must be floating point, got int32"):
+            biased(jnp.ones(4, jnp.int32))
+    with pytest.raises(TypeError, match="embedding must be floating point, got int32"):
+        embed(jnp.zeros(2, jnp.int32), SQUARE.astype(jnp.int32), scale=0.5)
+    for mask in (None, REAL):
+        with pytest.raises(TypeError, match="x must be floating point, got int32"):
+            masked_mean(INTEGERS, mask)
+
+
+def test_a_dtype_that_is_refused_is_named_with_its_module(untyped):
+    named = jax.named_scope("decoder")(linear)
+    with pytest.raises(TypeError, match=r"x must be floating point, got int32 in decoder; cast it"):
+        jax.jit(named)(INTEGERS, SQUARE)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_tied_table_of_another_width_is_refused(length, width, untyped):
+    with pytest.raises(ValueError, match=rf"x must be as wide as embedding \(4, {width}\), got \(2, {length}, 4\)"):
+        attend(X[:, :length], SQUARE[:, :width])
+
+
+@pytest.mark.parametrize("epsilon", [-1e-6, -math.inf, math.nan, math.inf])
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_epsilon_below_zero_or_without_end_is_refused(norm, epsilon, untyped):
+    with pytest.raises(ValueError, match=f"epsilon must be at least 0 and finite, got {epsilon}"):
+        NORMS[norm](X, VECTOR, epsilon)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_epsilon_may_be_zero_or_traced(norm, untyped):
+    (x,) = drawn(0, (2, 3, 4))
+    traced = jax.jit(NORMS[norm])(x, VECTOR, jnp.float32(0.0))
+    np.testing.assert_allclose(traced, NORMS[norm](x, VECTOR, 0.0), rtol=1e-6)
+
+
+MASKED = {
+    "masked_mean": masked_mean,
+    "zero_padding": zero_padding,
+    "source_vectors": functools.partial(source_vectors, features=4, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3), (3,), (), (2, 3, 1)])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_padding_mask_of_another_shape_is_refused(name, shape, untyped):
+    message = (
+        rf"a padding mask must have one entry for each position, shape \(2, 3\), got \({', '.join(map(str, shape))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        MASKED[name](X, jnp.ones(shape, bool))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_padding_mask_must_be_bool(name, dtype, untyped):
+    with pytest.raises(TypeError, match=f"a padding mask must be bool, .*got {dtype}; use tokens != pad_id"):
+        MASKED[name](X, jnp.full((2, 3), 0.5).astype(dtype))
+
+
+@pytest.mark.parametrize("shape", [(4,), ()])
+def test_what_lacks_the_axis_of_positions_is_refused(shape, untyped):
+    x, message = jnp.ones(shape), rf"x must be \[\*B, {{}}, D\], got \({'4,' if shape else ''}\)"
+    with pytest.raises(ValueError, match=message.format("S")):
+        masked_mean(x)
+    for key in (None, jax.random.key(0)):
+        with pytest.raises(ValueError, match=message.format("T")):
+            stochastic_depth(x, 0.5, key=key)
+
+
 # dropout
 
 
@@ -413,6 +538,13 @@ def test_gated_activations_need_a_gate(activation):
     assert activation in GATED
     with pytest.raises(ValueError, match=f"{activation} needs a gate projection beside up and down, got none"):
         feed_forward(jnp.ones((2, 3)), lambda x: x, lambda x: x, activation=activation)
+
+
+def test_an_unknown_activation_or_order_is_refused_with_the_choices(untyped):
+    with pytest.raises(ValueError, match=r"activation must be one of \('relu', .*, 'reglu'\), got 'tanh'"):
+        feed_forward(X, lambda x: x, lambda x: x, activation="tanh")
+    with pytest.raises(ValueError, match=r"norm_order must be one of \('post', 'pre', 'sandwich'\), got 'posst'"):
+        in_words("posst")
 
 
 class Word(str):

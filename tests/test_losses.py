@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from core.losses import Batch, accuracy, cross_entropy, sequence_metrics, token_cross_entropy, weighted_mean
+from core.vocabulary import projected_metrics
 from tests.strategies import seeds
 
 V = 7
@@ -189,14 +190,43 @@ def test_a_smoothing_outside_its_range_is_refused(smoothing, untyped):
         cross_entropy(jnp.zeros((2, V)), jnp.zeros(2, jnp.int32), label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("function", [cross_entropy, accuracy])
-@pytest.mark.parametrize(("name", "shape"), [("labels", (1,)), ("labels", (2, 1)), ("weights", (1,)), ("weights", ())])
-def test_labels_and_weights_of_another_shape_are_refused(function, name, shape, untyped):
+@pytest.mark.parametrize("function", [token_cross_entropy, cross_entropy, accuracy])
+@pytest.mark.parametrize("shape", [(1,), (2, 1), ()])
+def test_labels_of_another_shape_are_refused(function, shape, untyped):
     """They would be broadcast without a word."""
-    given = {"labels": jnp.zeros(2, jnp.int32), "weights": jnp.ones(2)}
-    given[name] = jnp.ones(shape, given[name].dtype)
-    with pytest.raises(ValueError, match=rf"{name} must have the shape of the logits .* \(2,\), got \("):
-        function(jnp.zeros((2, V)), given["labels"], weights=given["weights"])
+    with pytest.raises(ValueError, match=r"labels must have the shape of the logits .* \(2,\), got \("):
+        function(jnp.zeros((2, V)), jnp.zeros(shape, jnp.int32))
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1)])
+def test_labels_of_another_shape_than_their_weights_are_refused_by_name(shape, untyped):
+    with pytest.raises(ValueError, match=r"labels must have the shape of the logits .* \(2,\), got \("):
+        cross_entropy(jnp.zeros((2, V)), jnp.zeros(shape, jnp.int32), weights=jnp.ones(2))
+
+
+WEIGHTED = {
+    "cross_entropy": lambda weights: cross_entropy(jnp.zeros((2, V)), jnp.zeros(2, jnp.int32), weights=weights),
+    "accuracy": lambda weights: accuracy(jnp.zeros((2, V)), jnp.zeros(2, jnp.int32), weights=weights),
+    "weighted_mean": lambda weights: weighted_mean(jnp.zeros(2, weights.dtype), weights),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("shape", [(1,), (2, 1), ()])
+def test_weights_of_another_shape_are_refused_traced_or_not(name, shape, untyped):
+    for function in (WEIGHTED[name], jax.jit(WEIGHTED[name])):
+        with pytest.raises(ValueError, match=r"weights must be one for each value, of shape \(2,\), got \("):
+            function(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_weights_below_zero_or_without_end_are_refused_where_they_are_known(name, dtype, bad, untyped):
+    weights = jnp.asarray([1.0, bad], dtype)
+    with pytest.raises(ValueError, match="weights must be at least 0 and finite, got values from "):
+        WEIGHTED[name](weights)
+    jax.jit(WEIGHTED[name])(weights)
 
 
 @pytest.mark.parametrize("function", [cross_entropy, accuracy])
@@ -211,10 +241,32 @@ def test_a_vocabulary_of_one_costs_nothing():
     assert cross_entropy(*given, weights=jnp.asarray([1.0, 0.0])) == 0
 
 
-@pytest.mark.parametrize("loss", [token_cross_entropy, cross_entropy])
+@pytest.mark.parametrize("loss", [token_cross_entropy, cross_entropy, accuracy])
 def test_float_labels_are_refused(loss, untyped):
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
         loss(jnp.zeros((2, V)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"target_mask": jnp.full((2, 3), 2)}, TypeError, "target_mask must be bool, .*got int32"),
+        ({"target_mask": jnp.full((2, 3), 0.5)}, TypeError, "target_mask must be bool, .*got float32"),
+        ({"target_mask": jnp.ones((2, 1), bool)}, ValueError, r"target_mask must have .*\(2, 3\), got \(2, 1\)"),
+        ({"labels": jnp.zeros((2, 1), jnp.int32)}, ValueError, r"labels must have .*\(2, 3\), got \(2, 1\)"),
+        ({"labels": jnp.zeros((2, 3))}, TypeError, "labels must be integers, got float32"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_a_batch_that_does_not_fit_is_refused_in_chunks_or_whole(changes, error, message, chunk, untyped):
+    """An integer mask of 2s would weigh in one and select in the other."""
+    tokens, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    batch = Batch(tokens, mask, tokens, tokens, mask)._replace(**changes)
+    measure = sequence_metrics
+    if chunk is not None:
+        measure = lambda x, batch: projected_metrics(x, lambda x: x, batch, chunk=chunk)
+    with pytest.raises(error, match=message):
+        measure(jnp.zeros((2, 3, V)), batch)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])

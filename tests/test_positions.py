@@ -260,6 +260,112 @@ def test_positions_of_any_integer_type_are_those_of_int32(dtype, x64):
         np.testing.assert_array_equal(got, wanted, strict=True)
 
 
+@pytest.mark.parametrize("offset", [3, -3])
+def test_an_offset_may_be_a_number(offset):
+    got = position_ids(jnp.ones((2, 3, 4)), offset)
+    np.testing.assert_array_equal(got, np.array([[0, 1, 2]], "int32") + np.int32(offset), strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "uint64"])
+def test_positions_that_int32_cannot_hold_are_refused_by_dtype_traced_or_not(dtype, x64, untyped):
+    ids, x = jnp.zeros((1, 3), dtype), jnp.ones((1, 3, 4), jnp.float32)
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match=f"positions must be integers that int32 holds, got {dtype}; cast it with"):
+            transform(lambda ids: sinusoidal(ids, 4))(ids)
+        with pytest.raises(TypeError, match=f"offsets must be integers that int32 holds, got {dtype}; cast it with"):
+            transform(lambda offset: position_ids(x, offset))(ids[0, :1])
+
+
+@pytest.mark.parametrize("bad", [2**31, -(2**31) - 1, 2**32])
+def test_known_positions_beyond_int32_raise(bad, x64, untyped):
+    low, high = min(bad, 7), max(bad, 7)
+    with pytest.raises(ValueError, match=rf"positions must lie in \[-2\^31, 2\^31\), got values from {low} to {high}"):
+        sinusoidal(jnp.asarray([7, bad]), 4)
+
+
+@pytest.mark.parametrize(
+    "offset", [2**31 - 2, 2**31, -(2**31) - 1, np.int64(2**32), np.array([0, 2**31 - 2]), jnp.array([0, 2**31 - 2])],
+    ids=repr,
+)  # fmt: skip
+def test_a_known_offset_from_which_positions_leave_int32_raises(offset, untyped):
+    x = jnp.ones((2, 3, 4))
+    with pytest.raises(ValueError, match=r"positions must lie in \[-2\^31, 2\^31\), got values from -?\d+ to -?\d+"):
+        position_ids(x, offset)
+    last = position_ids(x, 2**31 - 3)
+    np.testing.assert_array_equal(last, np.array([[2**31 - 3, 2**31 - 2, 2**31 - 1]], "int32"), strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
+def test_sine_and_cosine_of_other_types_are_refused(dtype, untyped):
+    with pytest.raises(TypeError, match=f"dtype must be float32 or float64, got {dtype}; cast what comes out"):
+        sin_cos(jnp.arange(3), (1.0,), jnp.dtype(dtype))
+
+
+def test_float64_where_it_is_switched_off_is_refused(untyped):
+    with pytest.raises(ValueError, match=r"float64 needs .*jax_enable_x64"):
+        sin_cos(jnp.arange(3), (1.0,), jnp.float64)
+
+
+def test_sinusoids_that_are_not_floating_are_refused(untyped):
+    with pytest.raises(TypeError, match="sinusoids must be floating point, got dtype=int32"):
+        sinusoidal(jnp.arange(3), 4, "int32")
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "error", "message"),
+    [
+        ([1.0, 0.5], TypeError, "frequencies must be a tuple of floats, got list"),
+        (np.array([1.0, 0.5]), TypeError, "frequencies must be a tuple of floats, got ndarray"),
+        ((1.0, math.nan), ValueError, r"frequencies must be finite, got \(1.0, nan\)"),
+        ((math.inf,), ValueError, r"frequencies must be finite, got \(inf,\)"),
+    ],
+    ids=str,
+)
+def test_frequencies_of_another_kind_are_refused(frequencies, error, message, untyped):
+    with pytest.raises(error, match=message):
+        sin_cos(jnp.arange(3), frequencies)
+
+
+@pytest.mark.parametrize("theta", [0.0, -5.0, math.nan, math.inf])
+def test_a_theta_that_is_not_above_zero_raises(theta, untyped):
+    with pytest.raises(ValueError, match=f"theta must be above 0 and finite, got {theta}"):
+        inverse_frequencies(4, theta)
+
+
+TABLE = jnp.ones((9, 6))
+UNFIT = {
+    "an unknown kind": ({"kind": "sinusoid"}, ValueError, r"kind must be one of \('sinusoidal', .*, got 'sinusoid'"),
+    "integers, learned": ({"x": jnp.ones((2, 4, 6), jnp.int32)}, TypeError, "x must be floating point, got int32"),
+    "integers, sinusoidal": (
+        {"x": jnp.ones((2, 4, 6), jnp.int32), "kind": "sinusoidal"}, TypeError, "x must be floating point, got int32"
+    ),
+    "one vector": ({"x": jnp.ones(6)}, ValueError, r"x must be \[\*B, T, D\], got \(6,\)"),
+    "a table of width 1": (
+        {"embedding": TABLE[:, :1]}, ValueError, r"x must be as wide as embedding \(9, 1\), got \(2, 4, 6\)"
+    ),
+    "a table of another width": (
+        {"embedding": TABLE[:, :5]}, ValueError, r"x must be as wide as embedding \(9, 5\), got \(2, 4, 6\)"
+    ),
+    "one row": ({"embedding": TABLE[0]}, ValueError, r"embedding must be \[L, D\], got \(6,\)"),
+    "an integer table": (
+        {"embedding": TABLE.astype(jnp.int32)}, TypeError, "embedding must be floating point, got int32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_positions_cannot_be_added_to_or_from_is_refused(name, untyped):
+    changes, error, message = UNFIT[name]
+    given = {"x": jnp.ones((2, 4, 6)), "kind": "learned", "embedding": TABLE} | changes
+    with pytest.raises(error, match=message):
+        add_positions(given.pop("x"), jnp.zeros((2, 4), jnp.int32), **given)
+
+
+def test_positions_of_what_has_no_positions_are_refused(untyped):
+    with pytest.raises(ValueError, match=r"x must be \[\*B, T, D\], got \(6,\)"):
+        position_ids(jnp.ones(6))
+
+
 @pytest.mark.parametrize("offset", [1.5, np.float32([1, 2])])
 def test_an_offset_that_is_no_integer_raises(offset, untyped):
     with pytest.raises(TypeError, match="an offset must be an integer or an array of them, got float32"):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from core.attention import attention_with_weights, dot_product_attention
+from core.attention import IMPLEMENTATIONS, attention_with_weights, dot_product_attention
 from core.masks import Grid
 from core.relative import (
     T5,
@@ -316,7 +316,7 @@ def test_no_queries_or_no_keys_are_no_error(kind, shape):
     assert out.shape == (2, shape.T, 4, 2)
     assert weights.shape == (2, 4, shape.T, shape.S)
     assert (out != 0).all() if shape.S else (out == 0).all()
-    relative_of(kind, shape, 2).values(jnp.asarray(weights), Grid(weights.shape, jnp.zeros(2, jnp.int32)))
+    relative_of(kind, shape, 2).values(jnp.asarray(weights), Grid(weights.shape, jnp.zeros(2, jnp.int32)), shape.Hv)
 
 
 # ALiBi
@@ -765,9 +765,8 @@ def test_t5_with_too_few_or_odd_buckets_or_too_near_an_end_raises(buckets, furth
 
 @pytest.mark.parametrize("rows", [0, 2, 6])
 def test_a_table_of_distances_with_an_even_number_of_rows_raises(rows, untyped):
-    for relative in (Shaw(jnp.ones((rows, 3))), Shaw(jnp.ones((3, 3)), jnp.ones((rows, 2)))):
-        with pytest.raises(ValueError, match=f"2 limit \\+ 1 rows, an odd number, got {rows}"):
-            dot_product_attention(**small(), relative=relative)
+    with pytest.raises(ValueError, match=f"2 limit \\+ 1 rows, an odd number, got {rows}"):
+        dot_product_attention(**small(), relative=Shaw(jnp.ones((rows, 3)), jnp.ones((rows, 2))))
 
 
 MISFITS = {
@@ -775,6 +774,17 @@ MISFITS = {
     "T5's embedding, one head": (lambda: T5(jnp.ones((8, 1)), max_distance=5), r"embedding .*\(8, 4\), got \(8, 1\)"),
     "Shaw's key_embedding": (lambda: Shaw(jnp.ones((5, 2))), r"key_embedding .*\(5, 3\), got \(5, 2\)"),
     "Shaw's key_embedding, one": (lambda: Shaw(jnp.ones((5, 1))), r"key_embedding .*\(5, 3\), got \(5, 1\)"),
+    "Shaw's value_embedding, rows": (
+        lambda: Shaw(jnp.ones((3, 3)), jnp.ones((7, 2))),
+        r"value_embedding must be \[distances, Hv\], as many as keys have, here \(3, 2\), got \(7, 2\)",
+    ),
+    **{
+        f"Shaw's value_embedding, {width} wide": (
+            lambda width=width: Shaw(jnp.ones((5, 3)), jnp.ones((5, width))),
+            rf"value_embedding .*here \(5, 2\), got \(5, {width}\)",
+        )
+        for width in (1, 4)
+    },
     "content_bias": (
         lambda: TransformerXL(jnp.ones((2, 3)), jnp.ones((6, 12)), jnp.ones((4, 3))),
         r"content_bias .*\(4, 3\).*\(2, 3\)",
@@ -793,8 +803,31 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_what_does_not_fit_the_heads_raises(name, untyped):
     relative, message = MISFITS[name]
-    with pytest.raises(ValueError, match=message):
+    for implementation in IMPLEMENTATIONS:
+        with pytest.raises(ValueError, match=message):
+            dot_product_attention(**small(), relative=relative(), implementation=implementation)
+
+
+INTEGRAL = {
+    "T5's embedding": (lambda: T5(jnp.ones((8, 4), jnp.int32), max_distance=5), "the embedding of T5"),
+    "key_embedding": (lambda: Shaw(jnp.ones((5, 3), jnp.int32)), "key_embedding"),
+    "value_embedding": (lambda: Shaw(jnp.ones((5, 3)), jnp.ones((5, 2), jnp.int32)), "value_embedding"),
+    "content_bias": (
+        lambda: TransformerXL(jnp.ones((4, 3), jnp.int32), jnp.ones((6, 12)), jnp.ones((4, 3))), "content_bias"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTEGRAL)
+def test_what_is_learned_must_be_floating(name, untyped):
+    relative, called = INTEGRAL[name]
+    with pytest.raises(TypeError, match=f"{called} must be floating point, got int32"):
         dot_product_attention(**small(), relative=relative())
+
+
+def test_the_buckets_that_all_share_cannot_be_written_to():
+    with pytest.raises(ValueError, match="read-only"):
+        t5_buckets(8, 16, bidirectional=True)[0] = 1
 
 
 @pytest.mark.parametrize("columns", [3, 5, 7])

@@ -465,7 +465,7 @@ def test_more_frequencies_than_pairs_raise(width, untyped):
 
 
 def test_an_unknown_layout_raises(untyped):
-    with pytest.raises(ValueError, match="layout must be 'half' or 'interleaved', got 'neox'"):
+    with pytest.raises(ValueError, match=r"layout must be one of \('half', 'interleaved'\), got 'neox'"):
         rotary(jnp.ones((2, 3, 1, 4)), jnp.zeros((2, 3), jnp.int32), layout="neox")
 
 
@@ -479,6 +479,49 @@ def test_positions_of_another_shape_than_the_tokens_raise(shape, untyped):
     message = rf"positions must be \[\*B, T\], here \(2, 3\), 1 where they broadcast, got \({shape[0]},"
     with pytest.raises(ValueError, match=message):
         rotary(jnp.ones((2, 3, 1, 4)), jnp.zeros(shape, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        *[({"theta": value}, ValueError, f"theta must be above 0 and finite, got {value}")
+          for value in (0, -5, math.nan, math.inf)],
+        *[({"magnitude": value}, ValueError, f"magnitude must be above 0 and finite, got {value}")
+          for value in (0.0, -1.0, math.nan, math.inf)],
+        ({"frequencies": [1.0, 0.5]}, TypeError, "frequencies must be a tuple of floats, got list"),
+        ({"frequencies": (1.0, math.nan)}, ValueError, r"frequencies must be finite, got \(1.0, nan\)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings, error, message, untyped):
+    with pytest.raises(error, match=message):
+        rotary(jnp.ones((2, 3, 1, 4)), jnp.zeros((2, 3), jnp.int32), **settings)
+
+
+def test_vectors_that_are_not_floating_are_refused(untyped):
+    with pytest.raises(TypeError, match="x must be floating point, got int32; cast it to float32"):
+        rotary(jnp.ones((2, 3, 1, 4), jnp.int32), jnp.zeros((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -3.0, math.nan, math.inf])
+def test_yarn_needs_a_theta_above_one(theta, untyped):
+    with pytest.raises(ValueError, match=f"the theta of YaRN must be above 1 and finite, got {theta}"):
+        yarn(Stretch(8, theta, 2.0, 2048))
+
+
+@pytest.mark.parametrize("length", [0, -5, math.nan, math.inf])
+@pytest.mark.parametrize("scaling", [yarn, llama3])
+def test_an_original_length_below_one_or_without_end_is_refused(scaling, length, untyped):
+    with pytest.raises(ValueError, match=f"original_length must be at least 1 and finite, got {length}"):
+        scaling(Stretch(8, 1e4, 2.0, length))
+
+
+@pytest.mark.parametrize(("few", "many"), [(2.0, 2.0), (4.0, 1.0), (0.0, 2.0), (math.nan, 2.0), (1.0, math.inf)])
+@pytest.mark.parametrize(("scaling", "lower", "higher"), [(yarn, "slow", "fast"), (llama3, "low", "high")])
+def test_limits_in_another_order_are_refused(scaling, lower, higher, few, many, untyped):
+    message = f"{lower} must be above 0 and below {higher}, both finite, got {lower}={few}, {higher}={many}"
+    with pytest.raises(ValueError, match=message):
+        scaling(Stretch(8, 1e4, 2.0, 2048), **{lower: few, higher: many})
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.0, -2.0, math.inf, math.nan])

@@ -1,6 +1,7 @@
 """Laws of drawing tokens: what is kept, how often each comes, and by whose key."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,30 @@ def test_keys_of_another_shape_are_refused(untyped):
         row_keys(jax.random.split(jax.random.key(0), 2), (3,))
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_each_row_is_drawn_by_a_key_of_its_own(shape, untyped):
+    """One for all would draw, too, but a row would depend on how many there are."""
+    keys = jax.random.split(jax.random.key(0), shape)
+    message = re.escape(f"each row needs a key, (2,), got keys of shape {shape}; row_keys makes them of one")
+    with pytest.raises(ValueError, match=message):
+        draw(jnp.zeros((2, V)), keys, Sampling())
+    with pytest.raises(ValueError, match=message):
+        generated(tables((2,), 0), jnp.zeros(2, jnp.int32), keys)
+
+
+def test_keys_that_are_plain_numbers_are_refused(untyped):
+    """Those of jax.random.PRNGKey: one of them is as long as two rows."""
+    legacy = jax.random.key_data(jax.random.key(0))
+    message = r"keys must be typed, as jax.random.key makes them, got uint32 of shape \(2,\); jax.random.wrap_key"
+    for use in (
+        lambda: row_keys(legacy, (2,)),
+        lambda: draw(jnp.zeros((2, V)), legacy, Sampling()),
+        lambda: generated(tables((2,), 0), jnp.zeros(2, jnp.int32), legacy),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use()
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
@@ -217,10 +242,15 @@ def test_keys_of_another_shape_are_refused(untyped):
     ],
 )
 def test_a_rule_that_cannot_be_is_refused(sampling, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        check_sampling(Sampling(**sampling))
-    with pytest.raises(ValueError, match=message):
-        generated(tables((2,), 0), jnp.zeros(2, jnp.int32), row_keys(jax.random.key(0), (2,)), Sampling(**sampling))
+    logits, rules, keys = jnp.asarray(logits_of((2,), 0)), Sampling(**sampling), row_keys(jax.random.key(0), (2,))
+    for use in (
+        lambda: check_sampling(rules),
+        lambda: kept_tokens(logits, rules),
+        lambda: draw(logits, keys, rules),
+        lambda: generated(tables((2,), 0), jnp.zeros(2, jnp.int32), keys, rules),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -232,3 +262,10 @@ def test_the_last_value_that_can_be_is_taken(sampling):
 
 def test_numbers_that_are_not_known_yet_are_taken():
     jax.eval_shape(lambda x: check_sampling(Sampling(temperature=x, top_p=x, min_p=x)), jnp.float32(0.5))
+
+
+def test_arrays_that_are_known_inside_of_jit_are_looked_at():
+    one, two = jnp.float32(1), jnp.float32(2)
+    jax.eval_shape(lambda: check_sampling(Sampling(temperature=two, top_p=one, min_p=one)))
+    with pytest.raises(ValueError, match=r"top_p must be above 0 and at most 1, got 2\.0"):
+        jax.eval_shape(lambda: check_sampling(Sampling(top_p=two)))

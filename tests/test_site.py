@@ -10,12 +10,14 @@ from pathlib import Path
 
 import jax
 import matplotlib
+import numpy as np
 import pytest
 
 import core
 import equinox_impl
 import nnx_impl
 from tests.conftest import ROOT
+from tests.svg import seen
 
 matplotlib.use("agg")
 
@@ -65,16 +67,51 @@ def test_the_two_notebooks_show_the_same_numbers():
     assert "accuracy 1.0000" in printed["nnx"]
 
 
-def test_the_drawings_are_those_of_the_script(tmp_path):
+@pytest.fixture
+def script():
+    """docs/draw.py, as a module."""
     spec = importlib.util.spec_from_file_location("draw", DOCS / "draw.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_drawings_are_those_of_the_script(script, tmp_path):
     script.IMAGES = tmp_path
     (tmp_path / "tour").mkdir()
-    for draw in (script.two_trees, script.model, script.attention, script.masks):  # the others hold rounded numbers
+    (tmp_path / "encodings").mkdir()
+    for draw in (*script.DRAWINGS, script.encodings):
         draw()
-    for made in (tmp_path / "tour").iterdir():
-        assert made.read_text() == (DOCS / "images/tour" / made.name).read_text(), f"{made.name}: make pictures"
+    for made in tmp_path.glob("*/*.svg"):
+        kept = DOCS / "images" / made.relative_to(tmp_path)
+        (texts, images), (kept_texts, kept_images) = seen(made), seen(kept)
+        assert texts == kept_texts, f"{made.name}: make pictures"
+        for image, kept_image in zip(images, kept_images, strict=True):  # of rounded numbers
+            np.testing.assert_allclose(image, kept_image, atol=0.01, err_msg=f"{made.name}: make pictures")
+    for name in ("two_trees", "model", "attention"):
+        assert (tmp_path / f"tour/{name}.svg").read_text() == (DOCS / f"images/tour/{name}.svg").read_text()
+
+
+def test_the_heat_maps_are_drawn_as_the_command_line_draws_them(script, monkeypatch):
+    drawn = {}
+    for function in ("plot_attention", "plot_absolute_encodings", "plot_relative_encodings"):
+        monkeypatch.setattr(
+            script, function, lambda path, *maps, name=function: drawn.update({path.stem: (name, maps)})
+        )
+    monkeypatch.setattr(script, "gallery", lambda length: ({"learned": length}, {"t5": length}))
+    monkeypatch.setattr(script, "reverser", lambda reverser=script.reverser: reverser(0))  # untrained
+    for draw in (script.masks, script.dead_row, script.encodings, script.looked):
+        draw()
+    assert {name: function.removeprefix("plot_") for name, (function, _) in drawn.items()} == {
+        **dict.fromkeys(("masks", "weights", "reverse"), "attention"),
+        "learned": "absolute_encodings", "t5": "relative_encodings",
+    }  # fmt: skip
+    weights, queries, keys = drawn["reverse"][1]
+    for name, value in weights.items():
+        assert value.shape == (1, len(queries[name]), len(keys[name]))
+        np.testing.assert_allclose(value.sum(-1), 1, rtol=1e-5)
+    assert [cells.sum() for cells in drawn["masks"][1][0].values()] == [36, 48, 33, 21, 39, 21]
+    assert not drawn["weights"][1][0]["row 3 may see nothing"][0, 3].any()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -85,6 +85,19 @@ def test_each_micro_batch_drops_by_a_key_of_its_own(seed):
     np.testing.assert_allclose(accumulated(gradients, batch, key)[0], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_single_token_counts_whole_and_without_a_key_there_is_none():
+    mask = jnp.zeros((3, 2, 4), bool).at[1, 0, 2].set(True)
+
+    def gradients(batch, key):
+        assert key is None
+        return batch.labels.sum().astype("float32") / 2, Metrics(*[jnp.float32(1)] * 3)
+
+    batch = stacked(CONFIG, 0)._replace(target_mask=mask)
+    found, metrics = accumulated(gradients, batch, None)
+    assert float(found) == float(batch.labels[1].sum()) / 2 != 0
+    assert float(metrics.tokens) == 1
+
+
 @pytest.mark.usefixtures("lenient")
 def test_the_twins_train_alike_for_two_hundred_steps():
     """With dropout, micro-batches, a schedule, an average of weights and frozen parameters: equal in every bit."""

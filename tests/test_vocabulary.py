@@ -179,7 +179,7 @@ def test_what_is_wrong_is_said_in_chunks_too(untyped):
         of(batch._replace(labels=jnp.full((2, 7), V), target_mask=np.ones((2, 7), bool)), chunk=2)
     with pytest.raises(ValueError, match="labels must have the shape"):
         of(batch._replace(labels=batch.labels[:, :3]), chunk=2)
-    with pytest.raises(ValueError, match="weights must have the shape"):
+    with pytest.raises(ValueError, match="target_mask must have one entry for each position"):
         of(batch._replace(target_mask=batch.target_mask[:, :3]), chunk=2)
     with pytest.raises(ValueError, match="label_smoothing must be"):
         of(batch, label_smoothing=1.0, chunk=2)

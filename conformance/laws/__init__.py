@@ -6,6 +6,7 @@ from conformance.laws import (
     attention,
     attention_dropout,
     cache,
+    decoding,
     dropout,
     edges,
     encodings,
@@ -13,12 +14,14 @@ from conformance.laws import (
     loss,
     norm,
     rotary,
+    sampling,
     visibility,
     weights,
 )
 
 MODULES = (
     attention, visibility, edges, attention_dropout, gradients, cache, norm, rotary, encodings, dropout, loss, weights,
+    decoding, sampling,
 )  # fmt: skip
 ALL = tuple(x for module in MODULES for x in vars(module).values() if isinstance(x, Law))
 

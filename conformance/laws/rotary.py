@@ -123,6 +123,21 @@ def a_chunk_that_starts_later_is_that_part_of_the_whole(rotate, case):
     within(got, wanted, 2 * U * np.abs(case.x).max())
 
 
+def scattered(rotate):
+    """Positions in no order, others in each row."""
+
+    def build(shape, seed):
+        positions = np.random.default_rng([seed, 1]).integers(0, 1000, shape[:2], "int32")
+        return Case(gaussian(shape, seed), positions, THETA)
+
+    return st.builds(build, st.sampled_from(SHAPES[1:]), seeds)
+
+
+@law(Rotary, "positions", cases=scattered)
+def every_token_turns_by_its_own_position(rotate, case):
+    either_layout(rotate, case, 2.0**-20)
+
+
 @law(Rotary, "positions", cases=cases(far=100, shapes=SHAPES[1:]))
 def two_turns_are_one_of_their_sum(rotate, case):
     back = turned(rotate, case, x=turned(rotate, case), positions=-case.positions)

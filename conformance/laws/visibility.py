@@ -6,7 +6,19 @@ from hypothesis import strategies as st
 from conformance import oracle
 from conformance.adapters import Attention
 from conformance.bounds import float32_attention
-from conformance.cases import FEW, OBLONG, SQUARE, Case, Shape, any_rules, cases, gaussian, make_case, seeds
+from conformance.cases import (
+    FEW,
+    OBLONG,
+    SQUARE,
+    Case,
+    Shape,
+    any_options,
+    any_rules,
+    cases,
+    gaussian,
+    make_case,
+    seeds,
+)
 from conformance.law import Violation, law, same_bits, within
 from conformance.laws.attention import bound, formula
 
@@ -87,7 +99,12 @@ def an_offset_places_the_queries_of_each_row(attend, case):
 
 @law(Attention, "window", cases=cases("window", shapes=SQUARE))
 def a_window_counts_keys_before_and_after_the_own_position(attend, case):
-    """window=(1, 1) without any other rule: three keys at most, the own position in the middle."""
+    """window=(2, 1) without any other rule: four keys at most, two before the own position and one after."""
+    formula(attend, case)
+
+
+@law(Attention, "window", "offset", cases=cases("window", "offset", shapes=[OBLONG[0], OBLONG[1], SQUARE[1]]))
+def an_offset_places_the_windows_of_the_queries_too(attend, case):
     formula(attend, case)
 
 
@@ -98,18 +115,13 @@ def a_window_of_nothing_but_itself_gives_the_own_value(attend, case):
 
 @law(Attention, "window", "causal", "combined", cases=cases("causal", shapes=SQUARE))
 def a_window_as_long_as_the_keys_is_no_window(attend, case):
-    out = attend(*case.qkv, causal=True, window=(case.shape.S, 0))
+    out = attend(*case.qkv, causal=True, window=(case.shape.S - 1, 0))
     within(out, attend(*case.qkv, causal=True), 2 * bound(case))
 
 
-def all_at_once(attend):
-    names = [name for name in ("mask", "bias", "causal", "window", "scale") if name in attend.can]
-    return cases(*names, shapes=SQUARE)(attend)
-
-
-@law(Attention, "mask", "combined", cases=all_at_once)
-def rules_hold_together(attend, case):
-    """None is dropped because another is given."""
+@law(Attention, "combined", cases=any_options())
+def options_hold_together(attend, case):
+    """None is dropped because another is given, or because another is not."""
     formula(attend, case)
 
 

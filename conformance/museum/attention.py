@@ -1,10 +1,13 @@
 """Bugs of attention and masks."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from conformance.adapters import Attention
-from conformance.museum.exhibit import Exhibit
+from conformance.adapters import Attention, lenient
+from conformance.museum.exhibit import REVIEW, Exhibit
+from conformance.museum.jax_right import JaxAttention
 from conformance.museum.right import CAN, NumpyAttention
 
 
@@ -151,9 +154,62 @@ class ProductsIn16Bit(NumpyAttention):
         return super().logits(q, k, scale, soft_cap)
 
 
+class WindowSidesSwapped(NumpyAttention):
+    def in_sight(self, ahead, causal, window):
+        return super().in_sight(ahead, causal, None if window is None else window[::-1])
+
+
+class WindowIgnoresTheOffset(NumpyAttention):
+    def allowed(self, shape, *, causal, window, q_offset, **rules):
+        allowed = super().allowed(shape, causal=causal, window=None, q_offset=q_offset, **rules)
+        return allowed if window is None else allowed & self.in_sight(self.ahead(shape, 0), False, window)
+
+
+class OffsetLostWithMask(NumpyAttention):
+    def allowed(self, shape, *, mask, q_offset, **rules):
+        if mask is not None and q_offset is not None:
+            q_offset = np.zeros_like(q_offset)
+        return super().allowed(shape, mask=mask, q_offset=q_offset, **rules)
+
+
+class SinksLostWithMask(NumpyAttention):
+    def __call__(self, *arrays, mask=None, sinks=None, **options):
+        return super().__call__(*arrays, mask=mask, sinks=sinks if mask is None else None, **options)
+
+
+class SoftCapLostWithCausal(NumpyAttention):
+    def __call__(self, *arrays, causal=False, soft_cap=None, **options):
+        return super().__call__(*arrays, causal=causal, soft_cap=None if causal else soft_cap, **options)
+
+
+class OptionsLostInTraining(NumpyAttention):
+    def __call__(self, *arrays, scale=None, soft_cap=None, sinks=None, dropout_seed=None, **options):
+        if dropout_seed is not None:
+            scale = soft_cap = sinks = None
+        more = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "dropout_seed": dropout_seed}
+        return super().__call__(*arrays, **more, **options)
+
+
+class NaNReplacedAfterwards(JaxAttention):
+    def softmax(self, logits, allowed, sinks):
+        if sinks is not None:
+            return super().softmax(logits, allowed, sinks)
+        weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))
+        return jnp.where(allowed.any(axis=-1, keepdims=True), weights, 0)
+
+
+class HiddenKeysInTheGradient(JaxAttention):
+    keys_are_hidden = False
+
+
 def exhibit(number: int, wrong: type[NumpyAttention], defect: str, source: str, *laws: str) -> Exhibit:
     """An exhibit under the number of the museum's list."""
     return Exhibit(number, defect, source, Attention(defect, wrong(), CAN), laws)
+
+
+def jax_exhibit(number: int, wrong: type[JaxAttention], defect: str, source: str, *laws: str) -> Exhibit:
+    """The same of a function that JAX may trace, for what only gradients show."""
+    return Exhibit(number, defect, source, Attention(defect, wrong(), Attention.flags.keys(), lenient), laws)
 
 
 EXHIBITS = (
@@ -164,8 +220,22 @@ EXHIBITS = (
         "equinox#274, pytorch#41508",
         "a_query_with_nothing_to_see_gives_zero",
     ),
+    jax_exhibit(
+        1,
+        NaNReplacedAfterwards,
+        "a row without keys is NaN, replaced afterwards",
+        REVIEW,
+        "no_nan_is_made_on_the_way",
+    ),
     exhibit(
         2, HiddenNaNLeaks, "NaN behind the mask leaks", "pytorch#101967", "a_value_that_no_query_sees_may_hold_anything"
+    ),
+    jax_exhibit(
+        2,
+        HiddenKeysInTheGradient,
+        "NaN behind the mask leaks into gradients",
+        REVIEW,
+        "nan_behind_the_mask_leaves_gradients_finite",
     ),
     exhibit(
         3,
@@ -199,6 +269,16 @@ EXHIBITS = (
         "the_future_does_not_change_the_past_with_dropout_on",
         "the_path_of_training_computes_what_that_of_evaluation_does",
     ),
+    exhibit(7, OffsetLostWithMask, "the offset is lost beside a mask", REVIEW, "options_hold_together"),
+    exhibit(7, SinksLostWithMask, "sinks are lost beside a mask", REVIEW, "options_hold_together"),
+    exhibit(7, SoftCapLostWithCausal, "the soft cap is lost beside causal", REVIEW, "options_hold_together"),
+    exhibit(
+        7,
+        OptionsLostInTraining,
+        "scale, soft cap and sinks are lost with dropout on",
+        REVIEW,
+        "the_path_of_training_computes_what_that_of_evaluation_does",
+    ),
     exhibit(
         9,
         WindowLostWithoutMask,
@@ -213,6 +293,20 @@ EXHIBITS = (
         "transformers#39408",
         "a_window_counts_keys_before_and_after_the_own_position",
         "a_window_of_nothing_but_itself_gives_the_own_value",
+    ),
+    exhibit(
+        10,
+        WindowSidesSwapped,
+        "the window's sides are swapped",
+        REVIEW,
+        "a_window_counts_keys_before_and_after_the_own_position",
+    ),
+    exhibit(
+        10,
+        WindowIgnoresTheOffset,
+        "the window ignores the offset",
+        REVIEW,
+        "an_offset_places_the_windows_of_the_queries_too",
     ),
     exhibit(
         11,

@@ -8,7 +8,7 @@ import numpy as np
 
 from conformance import oracle
 from conformance.adapters import Buckets, RelativeShift, Rotary, Sinusoid, Slopes
-from conformance.museum.exhibit import Exhibit
+from conformance.museum.exhibit import REVIEW, Exhibit
 
 
 def rotary_in_16_bit(x, *, positions, theta):
@@ -25,6 +25,10 @@ def rotary_layout_ignored(x, *, positions, theta):
 
 def rotary_clamps(x, *, positions, theta):
     return oracle.rotary(x, np.minimum(positions, 512), theta).astype(x.dtype)
+
+
+def rotary_of_the_first_row(x, *, positions, theta):
+    return oracle.rotary(x, np.broadcast_to(positions[:1], positions.shape), theta).astype(x.dtype)
 
 
 def odd_width_crashes(*, length, d_model):
@@ -113,6 +117,13 @@ EXHIBITS = (
         "equinox PR#799",
         Rotary("clamped", rotary_clamps, CAN_TURN),
         ("the_angles_of_a_million_positions_are_exact", "products_depend_on_the_distance_alone"),
+    ),
+    Exhibit(
+        24,
+        "every row is turned by the first row's positions",
+        REVIEW,
+        Rotary("first row", rotary_of_the_first_row, CAN_TURN),
+        ("every_token_turns_by_its_own_position",),
     ),
     Exhibit(
         25,

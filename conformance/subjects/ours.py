@@ -1,10 +1,12 @@
 """Adapters of this project's own functions."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from conformance.adapters import (
     Attention,
@@ -15,14 +17,17 @@ from conformance.adapters import (
     Norm,
     RelativeShift,
     Rotary,
+    Sampling,
+    Search,
     Sinusoid,
     Slopes,
     WeightsFile,
     compiled,
 )
 from conformance.cases import gaussian
-from core import layers, losses, relative, weights
+from core import layers, losses, relative, sampling, weights
 from core.attention import IMPLEMENTATIONS, dot_product_attention
+from core.beam_search import beam_search
 from core.blockwise import blockwise_attention
 from core.cache import KVCache, cached_attention, empty_slots
 from core.positions import sinusoidal_table
@@ -161,7 +166,43 @@ cache = Cache(
     select=select,
     truncate=truncate,
 )
+
+
+# beam search and sampling
+
+
+class Fed(NamedTuple):
+    """What a hypothesis knows: its row's table, how many tokens it was fed, and their sum."""
+
+    table: Float[Array, "*B L V V"]
+    number: Int[Array, "*B"]
+    total: Int[Array, "*B"]
+
+
+def look_up(tokens: Int[Array, "B W 1"], fed: Fed) -> tuple[Float[Array, "B W 1 V"], Fed]:
+    last = tokens[..., 0]
+    total = fed.total + last
+    place = (last + total) % fed.table.shape[-1]
+    logits = jax.vmap(jax.vmap(lambda table, n, i: table[n, i]))(fed.table, fed.number, place)
+    return logits[..., None, :], Fed(fed.table, fed.number + 1, total)
+
+
+def best_tokens(table, first, *, max_length, beam_size, eos, pad, length_penalty=0.0):
+    start = Fed(table, jnp.zeros_like(first), jnp.zeros_like(first))
+    options = {"max_length": max_length, "beam_size": beam_size, "length_penalty": length_penalty}
+    return beam_search(look_up, first, start, **options, eos_id=eos, pad_id=pad).tokens[:, 0]
+
+
+search = Search("isoformer.beam_search", best_tokens, {"jax", "length penalty"})
+
+
+def one_token(logits, *, seed, **rules):
+    keys = sampling.row_keys(jax.random.key(seed), logits.shape[:1])
+    return sampling.draw(logits, keys, sampling.Sampling(**rules))
+
+
+drawing = Sampling("isoformer.sampling", one_token, {"jax", "temperature", "top k", "top p"})
 adapters = (
     *attentions, cache, layer_norm, rms_norm, rotary_half, rotary_interleaved, sinusoid, t5_buckets, alibi_slopes,
-    rel_shift, dropout, loss, weights_file,
+    rel_shift, dropout, loss, weights_file, search, drawing,
 )  # fmt: skip
