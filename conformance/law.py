@@ -210,8 +210,9 @@ def described(x: Any) -> str:
     """An array by its dtype and shape, a number as it is, and what is neither by its type."""
     if isinstance(x, np.ndarray):
         return f"{x.dtype}{list(x.shape)}"
-    plain = isinstance(x, np.generic | int | float | str | tuple | None)
-    return str(x) if plain else type(x).__name__
+    if isinstance(x, tuple) and all(isinstance(item, int) for item in x):
+        return str(x)
+    return str(x) if isinstance(x, np.generic | int | float | str | None) else type(x).__name__
 
 
 class _FoundError(Exception):

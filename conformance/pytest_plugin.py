@@ -8,6 +8,7 @@ Without paths only the laws are run. The files hold one `fnmatch` pattern a line
 
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -66,7 +67,7 @@ class LawItem(pytest.Item):
     def __init__(self, *, law, adapter, target, **more):
         super().__init__(**more)
         self.law, self.adapter, self.target = law, adapter, target
-        self.max_examples = self.config.getoption("--conform-max-examples")
+        self.max_examples = cast(int, self.config.getoption("--conform-max-examples"))
 
     def runtest(self) -> None:
         from conformance.law import judge

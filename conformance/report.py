@@ -16,6 +16,8 @@ from conformance.suite import Column, Kill
 SIGNS = {"holds": "✓", "differs": "≠", "defect": "✗", "raises": "!", "not offered": "-"}
 STYLES = {"holds": "green", "differs": "yellow", "defect": "red", "raises": "red", "not offered": "dim"}
 LEGEND = "✓ holds   ≠ differs by design, by a named convention   ✗ defect   ! raises   - not offered"
+LONG = 3000
+"""Characters above which Markdown leaves a snippet to the other forms."""
 PACKAGES = ("jax", "flax", "equinox", "torch", "numpy", "hypothesis")
 
 
@@ -161,8 +163,10 @@ def as_markdown(columns: list[Column], absent: list[str]) -> str:
         for verdicts in zip(*(column.verdicts for column in group), strict=True):
             lines += _rows([verdicts[0].law.name, *(SIGNS[v.status] for v in verdicts)])[:1]
         for column, verdict in notes(group):
-            lines += ["", "<details>", f"<summary>{html.escape(_summary(column, verdict))}</summary>"]
-            lines += ["", "```python", snippet(column.subject.target, verdict).rstrip(), "```", "", "</details>"]
+            summary, code = html.escape(_summary(column, verdict)), snippet(column.subject.target, verdict).rstrip()
+            lines += ["", "<details>", f"<summary>{summary}</summary>"]
+            lines += ["", "```python", code, "```"] if len(code) <= LONG else ["", "Its arrays are long: see `--json`."]
+            lines += ["", "</details>"]
     lines += ["", *(f"{package}: not installed" for package in absent)] if absent else []
     return "\n".join(lines) + "\n"
 

@@ -37,4 +37,4 @@ def _run(program: Jaxpr, consts: list, arguments: list) -> list:
 
 
 def _has_nan(x: Any) -> bool:
-    return jax.dtypes.issubdtype(jax.typeof(x).dtype, np.inexact) and bool(np.isnan(np.asarray(x, np.float64)).any())
+    return jax.numpy.issubdtype(jax.typeof(x).dtype, np.inexact) and bool(np.isnan(np.asarray(x, np.float64)).any())

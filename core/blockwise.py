@@ -8,7 +8,7 @@ derivatives of derivatives, and forward mode, need the materialised form.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypeGuard, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def _block(mask: Mask | None) -> tuple[int, int]:
     return (512, 512) if _goes_by_position(mask) else (512, 2048)
 
 
-def _goes_by_position(mask: Mask | None) -> bool:
+def _goes_by_position(mask: Mask | None) -> TypeGuard[Mask]:
     return mask is not None and mask.positional
 
 

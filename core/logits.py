@@ -145,7 +145,7 @@ def check_rules(rules: Rules) -> None:
             raise TypeError(f"{name} must be an array or None, got {rules.get(name)!r}")
     if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, or None for 1 / sqrt(H), got {scale}; scale q by an array")
-    if cap is not None and not (isinstance(cap, Real) and 0 < cap < math.inf):
+    if cap is not None and not (isinstance(cap, Real) and 0 < float(cap) < math.inf):
         raise ValueError(f"soft_cap must be a finite number above 0, or None for no cap, got {cap}")
 
 

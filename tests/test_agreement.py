@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import Phase, given, settings
@@ -19,6 +20,7 @@ import equinox_impl.stacks
 import equinox_impl.training
 import equinox_impl.transformer
 import nnx_impl
+from core.cache import as_slots
 from core.config import TransformerConfig
 from core.constraints import Constraints
 from core.identity import dataflow_difference, program_text
@@ -225,6 +227,37 @@ def test_train_steps_of_classifiers_are_the_same_dataflow(config, seed, accumula
     weights = random_weights(config, 0, model_class="Classifier")
     data = random_examples(config, seed, batch=(3, 2) if accumulate else (2,))
     assert train_step_difference(config, weights, data, "Classifier", accumulate=accumulate) is None, config
+
+
+def biased(package, config):
+    """Attention with an additive bias: to itself, to a memory, and to one that lies in slots."""
+
+    def run(weights, batch):
+        model = package.evaluation(package.from_weights(config, weights))
+        block, x = model.decoder.blocks[0], model.embed_target(batch.inputs)
+        memory = model.encode(batch.source, source_mask=batch.source_mask)
+        bias = jnp.where(batch.source_mask, batch.source.astype("float32"), -jnp.inf)[..., None, None, :]
+        itself = jnp.where(batch.target_mask, batch.inputs.astype("float32"), -jnp.inf)[..., None, None, :]
+        slots = as_slots(block.cross_attention.keys_values(memory))
+        return (
+            block.attention(x, bias=itself, causal=True),
+            block.cross_attention(x, memory, bias=bias),
+            block.cross_attention(x[..., :1, :], slots, bias=bias),
+            block.cross_attention(x, memory),
+        )
+
+    return run
+
+
+@given(batches, seeds)
+@few(3)
+def test_attention_with_a_bias_lowers_to_the_same_text_and_heeds_it(batch, seed):
+    weights, data = random_weights(CONFIG, 0), random_batch(CONFIG, seed, batch=batch)
+    first, second = texts(biased, CONFIG, weights, data)
+    assert first == second
+    _, added, stepped, without = jax.jit(biased(FRONTENDS["nnx"], CONFIG))(weights, data)
+    np.testing.assert_allclose(added[..., :1, :], stepped, rtol=0, atol=2e-6)
+    assert not np.array_equal(added, without)
 
 
 def test_losses_in_chunks_lower_to_the_same_text(monkeypatch):
