@@ -164,7 +164,7 @@ def _forward(static: _Static, inputs: list[Array], fixed: list[Any]) -> tuple[Ar
         normaliser = jnp.where(running.total == 0, jnp.inf, running.highest + jnp.log(total))
         return block.put(results[0], out, "TNH"), block.put(results[1], normaliser, "NT")
 
-    empty = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), jnp.zeros(task.whole.shape[:-1], task.inputs.dtype)
+    empty = jnp.empty((*q.shape[:-1], v.shape[-1]), v.dtype), jnp.empty(task.whole.shape[:-1], task.inputs.dtype)
     out, normalisers = _loop(0, task.units * task.rows, attend, empty)
     return out, (inputs, fixed, out, normalisers)
 

@@ -134,6 +134,8 @@ def test_every_way_to_ask_refuses_the_same(name, untyped):
     q, k, v = (rules.pop(name) for name in "qkv")
     blockwise = {"implementation": "blockwise"} | rules
     calls = [lambda: attention_with_weights(q, k, v, **rules), lambda: dot_product_attention(q, k, v, **blockwise)]
+    if "implementation" not in changes:
+        calls.append(lambda: blockwise_attention(q, k, v, **rules))
     if not {"v", "dropout_rate", "implementation"} & changes.keys():
         calls.append(lambda: attention_weights(q, k, **rules))
     if changes.keys() <= {"mask", "bias", "window", "causal", "q_offset"}:

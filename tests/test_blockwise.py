@@ -77,6 +77,17 @@ def test_masks_biases_windows_and_offsets_act_alike(case, seed):
     equal_within(*both_ways(case.shape, (*case.qkv, learned), rules, seed, **static), 64)
 
 
+@given(few_shapes, seeds, st.lists(st.booleans(), min_size=3, max_size=3), st.booleans())
+def test_masks_and_biases_of_which_some_axes_are_one_act_and_learn_alike(shape, seed, ones, one_row):
+    """Of the heads, queries and keys, and of the rows of the batch."""
+    rng = np.random.default_rng([seed, 10])
+    batch = [1 if one_row else length for length in shape.batch]
+    sizes = [1 if one else length for one, length in zip(ones, (shape.N, shape.T, shape.S), strict=True)]
+    learned = {"bias": rng.standard_normal((*batch, *sizes)).astype("float32")}
+    rules = {"mask": rng.random((*batch, *sizes)) < 0.7}
+    equal_within(*both_ways(shape, (*qkv(shape, seed), learned), rules, seed), 64)
+
+
 @given(shapes, seeds, st.sampled_from([(None, None), (0.7, -0.4)]))
 def test_soft_caps_scales_and_sinks_act_alike(shape, seed, numbers):
     learned = {"sinks": np.random.default_rng([seed, 6]).standard_normal(shape.N).astype("float32")}
