@@ -136,7 +136,7 @@ def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
         return call
 
     exactly = lambda q, k, v, rules: attention_with_weights(q, k, v, **rules)[0]
-    if not any(map(is_traced, leaves)):
+    if not any(map(is_traced, leaves)):  # outside of jit a condition would be compiled at every call
         return exactly(q, k, v, rules)
     values = jax.custom_jvp(of_traced(_quickly))
     values.defjvp(functools.partial(jax.jvp, of_traced(exactly)))

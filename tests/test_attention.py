@@ -467,6 +467,15 @@ def test_asking_for_the_weights_and_compiling_change_nothing(case):
     closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
 
 
+def test_a_call_outside_of_jit_compiles_nothing_twice(caplog):
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    dot_product_attention(q, k, v, causal=True)
+    with jax.log_compiles():
+        dot_product_attention(q, k, v, causal=True)
+    assert "ompiling" not in caplog.text
+
+
+
 @given(attention_cases(few_shapes, ["mask causal", "bias window"]))
 def test_vmap_over_examples_is_the_batched_call(case):
     arrays = {name: rule for name, rule in case.rules.items() if isinstance(rule, np.ndarray)}
