@@ -6,6 +6,7 @@ sums are at least float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Unpack, get_args
 
 import jax
@@ -136,8 +137,6 @@ def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
         return call
 
     exactly = lambda q, k, v, rules: attention_with_weights(q, k, v, **rules)[0]
-    if not any(map(is_traced, leaves)):  # outside of jit a condition would be compiled at every call
-        return exactly(q, k, v, rules)
     values = jax.custom_jvp(of_traced(_quickly))
     values.defjvp(functools.partial(jax.jvp, of_traced(exactly)))
     return values(*filter(is_traced, leaves))
@@ -158,7 +157,15 @@ def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
     exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
     out = weighted_values(exponentials, _without_unseen(v, allowed), total)
     out = with_relative_values(out, exponentials, total, grid, rules)
-    return jax.lax.cond(all_finite(out), lambda: out, exactly)
+    return unless_finite(out, exactly)
+
+
+def unless_finite(out: Float[Array, "..."], carefully: Callable[[], Array]) -> Float[Array, "..."]:
+    """`out`, but `carefully()` if anything in it is NaN or Inf."""
+    finite = all_finite(jax.lax.stop_gradient(out))
+    if not isinstance(finite, Tracer):  # outside of jit a condition would be compiled at every call
+        return out if finite else carefully()
+    return jax.lax.cond(finite, lambda: out, carefully)
 
 
 @jax.custom_batching.custom_vmap

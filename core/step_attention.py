@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.attention import all_finite, isolated_values, softmax_parts, with_relative_values
+from core.attention import isolated_values, softmax_parts, unless_finite, with_relative_values
 from core.layers import wide_dtype, wider_dtype
 from core.logits import (
     Rules,
@@ -54,7 +54,7 @@ def step_attention(
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
         seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
-        out = jax.lax.cond(all_finite(jax.lax.stop_gradient(out)), lambda: out, lambda: jnp.where(finite, out, seen()))
+        out = unless_finite(out, lambda: jnp.where(finite, out, seen()))
     return with_relative_values(out, exponentials, total, grid, rules)
 
 

@@ -20,6 +20,7 @@ from core.attention import (
     split_heads,
 )
 from core.masks import Padding
+from core.step_attention import step_attention
 from tests.strategies import (
     RECTANGULAR_SHAPES,
     SQUARE_SHAPES,
@@ -467,13 +468,13 @@ def test_asking_for_the_weights_and_compiling_change_nothing(case):
     closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
 
 
-def test_a_call_outside_of_jit_compiles_nothing_twice(caplog):
+@pytest.mark.parametrize("attend", [dot_product_attention, step_attention])
+def test_a_call_outside_of_jit_compiles_nothing_twice(attend, caplog):
     q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
-    dot_product_attention(q, k, v, causal=True)
+    attend(q[:, :1], k, v, window=(1, 0), q_offset=1)
     with jax.log_compiles():
-        dot_product_attention(q, k, v, causal=True)
+        attend(q[:, :1], k, v, window=(1, 0), q_offset=1)
     assert "ompiling" not in caplog.text
-
 
 
 @given(attention_cases(few_shapes, ["mask causal", "bias window"]))
