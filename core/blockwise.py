@@ -68,7 +68,7 @@ def blockwise_attention(
         soft_cap=rules.get("soft_cap"),
         dropout_rate=dropout_rate,
     )
-    return _attention(static, inputs, fixed)
+    return _compiled(static, inputs, fixed)
 
 
 def _block(mask: Mask | None) -> tuple[int, int]:
@@ -198,6 +198,7 @@ def _backward(static: _Static, saved: tuple, cotangent: Array) -> tuple[list[Arr
 
 
 _attention.defvjp(_forward, _backward)
+_compiled = jax.jit(_attention, static_argnums=0, inline=True)  # so that outside of jit it is compiled once
 
 
 class _Task:

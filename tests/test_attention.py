@@ -19,6 +19,7 @@ from core.attention import (
     merge_heads,
     split_heads,
 )
+from core.blockwise import blockwise_attention
 from core.masks import Padding
 from core.step_attention import step_attention
 from tests.strategies import (
@@ -468,7 +469,7 @@ def test_asking_for_the_weights_and_compiling_change_nothing(case):
     closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
 
 
-@pytest.mark.parametrize("attend", [dot_product_attention, step_attention])
+@pytest.mark.parametrize("attend", [dot_product_attention, step_attention, blockwise_attention])
 def test_a_call_outside_of_jit_compiles_nothing_twice(attend, caplog):
     q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
     attend(q[:, :1], k, v, window=(1, 0), q_offset=1)
