@@ -469,6 +469,14 @@ def test_asking_for_the_weights_and_compiling_change_nothing(case):
     closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
 
 
+@given(attention_cases(few_shapes, ["mask causal", "window"]))
+def test_what_is_finite_is_not_computed_a_second_time_with_care(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attention_with_weights", None)
+        out = dot_product_attention(*map(jnp.asarray, case.qkv), **jax.tree.map(_traceable, case.rules))
+    closely(np.asarray(out), attend(*case.qkv, **case.rules), *case.qkv)
+
+
 @pytest.mark.parametrize("attend", [dot_product_attention, step_attention, blockwise_attention])
 def test_a_call_outside_of_jit_compiles_nothing_twice(attend, caplog):
     q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))

@@ -189,6 +189,14 @@ def test_without_rows_queries_keys_heads_or_width_the_output_is_empty_or_zero(em
             np.testing.assert_array_equal(gradient, np.zeros_like(x), strict=True)
 
 
+@given(few_shapes, seeds, st.sampled_from([0, 1, 2]))
+def test_where_nothing_is_hidden_nan_is_not_lost_on_the_way_back(shape, seed, which):
+    arrays = [np.array(x) for x in qkv(shape, seed)]
+    arrays[which][..., 0, 0, 0] = np.nan
+    for _, (q, *_) in both_ways(shape, (*arrays, {}), {}, seed):
+        assert np.isnan(q).any()
+
+
 @given(attention_cases(shapes, ["mask causal"]), seeds)
 def test_a_value_that_is_not_finite_spoils_the_queries_that_see_it_and_no_gradient_of_others(case, seed):
     rules = dict(case.rules)
@@ -201,6 +209,14 @@ def test_a_value_that_is_not_finite_spoils_the_queries_that_see_it_and_no_gradie
 
 
 # dropout
+
+
+def test_dropout_goes_by_the_same_key_and_rate_by_either_call():
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    rules = {"dropout_rate": 0.4, "dropout_key": jax.random.key(1)}
+    out = dot_product_attention(q, k, v, implementation="blockwise", **rules)
+    np.testing.assert_array_equal(out, blockwise_attention(q, k, v, **rules))
+    assert not np.array_equal(out, blockwise_attention(q, k, v))
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -95,7 +95,7 @@ def test_a_single_token_counts_whole_and_without_a_key_there_is_none():
     batch = stacked(CONFIG, 0)._replace(target_mask=mask)
     found, metrics = accumulated(gradients, batch, None)
     assert float(found) == float(batch.labels[1].sum()) / 2 != 0
-    assert float(metrics.tokens) == 1
+    assert (float(metrics.tokens), metrics.tokens.dtype) == (1, jnp.float32)
 
 
 @pytest.mark.usefixtures("lenient")
