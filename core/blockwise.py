@@ -192,13 +192,13 @@ def _backward(static: _Static, saved: tuple, cotangent: Array) -> tuple[list[Arr
 
     gradients = _loop(0, task.units * task.columns, column, jax.tree.map(jnp.zeros_like, inputs))
     if inputs.sinks is not None:
-        shares = jnp.exp(sink_logits(inputs.sinks, normalisers[..., None])[..., 0] - normalisers) * means
+        shares = jnp.exp(sink_logits(inputs.sinks, normalisers[..., None]).squeeze(-1) - normalisers) * means
         gradients = gradients._replace(sinks=-shares.reshape(-1, *shares.shape[-2:]).sum((0, 2)))
     return jax.tree.leaves(jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, given)), None
 
 
 _attention.defvjp(_forward, _backward)
-_compiled = jax.jit(_attention, static_argnums=0, inline=True)  # so that outside of jit it is compiled once
+_compiled = jax.jit(_attention, static_argnums=0)  # so that outside of jit it is compiled once
 
 
 class _Task:

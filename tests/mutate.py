@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENTS = ROOT / "tests/mutation_equivalents.txt"
 _ATTENTION = [f"tests/test_attention{part}.py" for part in ("", "_oracle", "_input")]
 TESTS = {
-    "core/attention.py": _ATTENTION,
+    "core/attention.py": [*_ATTENTION, "tests/test_step_attention.py"],
     "core/blockwise.py": ["tests/test_blockwise.py", "tests/test_attention_input.py"],
     "core/cache.py": ["tests/test_cache.py", "tests/test_step_attention.py"],
     "core/decoding.py": [f"tests/test_{name}.py" for name in ("decoding", "constraints", "sampling")],

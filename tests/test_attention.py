@@ -469,6 +469,27 @@ def test_asking_for_the_weights_and_compiling_change_nothing(case):
     closely(attend(*case.qkv, **case.rules), out, *case.qkv, bias=4.0)
 
 
+def test_dropout_goes_by_the_same_key_and_rate_by_either_call():
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    rules = {"dropout_rate": 0.4, "dropout_key": jax.random.key(1)}
+    out = dot_product_attention(q, k, v, implementation="blockwise", **rules)
+    np.testing.assert_array_equal(out, blockwise_attention(q, k, v, **rules))
+    assert not np.array_equal(out, blockwise_attention(q, k, v))
+
+
+@given(attention_cases(few_shapes, ["mask causal"]), st.sampled_from([np.nan, np.inf]))
+def test_outside_of_jit_too_what_is_not_finite_is_met_with_care(case, junk):
+    """A key and its value, which some queries see and some do not."""
+    bad = np.zeros(case.k.shape[:-1], bool)
+    bad[..., 0, :] = True
+    q, k, v = case.q, replaced(case.k, bad, np.float32(junk)), replaced(case.v, bad, np.float32(junk))
+    found = dot_product_attention(*map(jnp.asarray, (q, k, v)), **jax.tree.map(_traceable, case.rules))
+    met = case.allowed[..., 0].swapaxes(-1, -2)
+    np.testing.assert_array_equal(np.isfinite(found).all(-1), ~met)
+    clean = attend(*case.qkv, **case.rules)
+    np.testing.assert_allclose(np.asarray(found)[~met], clean[~met], rtol=0, atol=1e-5)
+
+
 @given(attention_cases(few_shapes, ["mask causal", "window"]))
 def test_what_is_finite_is_not_computed_a_second_time_with_care(case):
     with pytest.MonkeyPatch.context() as patch:

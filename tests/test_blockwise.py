@@ -212,14 +212,6 @@ def test_a_value_that_is_not_finite_spoils_the_queries_that_see_it_and_no_gradie
 # dropout
 
 
-def test_dropout_goes_by_the_same_key_and_rate_by_either_call():
-    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
-    rules = {"dropout_rate": 0.4, "dropout_key": jax.random.key(1)}
-    out = dot_product_attention(q, k, v, implementation="blockwise", **rules)
-    np.testing.assert_array_equal(out, blockwise_attention(q, k, v, **rules))
-    assert not np.array_equal(out, blockwise_attention(q, k, v))
-
-
 @functools.partial(jax.jit, static_argnames="block")
 def after_dropout(q, k, v, key, block):
     """A sum, and its gradients."""
