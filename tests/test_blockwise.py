@@ -145,7 +145,7 @@ def test_in_float64_the_two_differ_by_nothing_but_float64_rounding(shape, seed):
         equal_within(*both_ways(shape, arrays, rules, seed), 256)
 
 
-@given(attention_cases(shapes, ["mask causal", "bias window"]), st.sampled_from([np.nan, np.inf]))
+@given(attention_cases(shapes, ["mask causal", "bias", "bias window"]), st.sampled_from([np.nan, np.inf]))
 def test_what_no_query_sees_may_hold_anything_and_has_no_gradient(case, poison):
     rules = dict(case.rules)
     static = {name: rules.pop(name) for name in ("causal", "window") if name in rules}
