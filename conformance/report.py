@@ -65,8 +65,7 @@ def as_text(columns: list[Column], absent: list[str], console: Console, *, snipp
             table.add_row(verdicts[0].law.name, *cells)
         console.print(table)
         for column, verdict in notes(group):
-            line = f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
-            console.print(line, style=STYLES[verdict.status], markup=False, highlight=False)
+            console.print(_said(column, verdict), style=STYLES[verdict.status], markup=False, highlight=False)
             if verdict.failure is not None:
                 console.print(f"    {verdict.failure.configuration}", markup=False, highlight=False)
                 if snippets:
@@ -142,8 +141,12 @@ def _details(column: Column, verdict: Verdict) -> str:
     return f"{opened}<pre>{code}</pre></details>"
 
 
+def _said(column: Column, verdict: Verdict) -> str:
+    return f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
+
+
 def _summary(column: Column, verdict: Verdict) -> str:
-    said = f"{SIGNS[verdict.status]} {column.subject.adapter.name}: {verdict.law.name}: {explained(verdict)}"
+    said = _said(column, verdict)
     return said if verdict.failure is None else f"{said} ({verdict.failure.configuration})"
 
 

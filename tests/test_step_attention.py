@@ -303,3 +303,9 @@ def test_what_is_accepted_does_not_depend_on_how_many_come_at_once(queries, unty
                 call(**wrong)
         with pytest.raises(ValueError, match="implementation must be None or one of"):
             call(implementation="fast")
+
+
+def test_beams_that_share_their_slots_take_one_token_at_a_time(untyped):
+    q, k, v = map(jnp.asarray, qkv(SHAPE._replace(T=2), 0))
+    with pytest.raises(ValueError, match="beams that share their slots take one token at a time, got T=2"):
+        slot_attention(q, as_slots(KeysValues(k, v)), owners=jnp.asarray(drawn_owners(0)), q_offset=3, causal=True)
