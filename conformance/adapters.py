@@ -229,6 +229,7 @@ class Cache(Adapter):
 
     States are never changed in place. `start(rows, capacity)` is an empty state, `full(x)` the same attention
     without a cache. `select(state, rows)` picks rows, `truncate(state, lengths [B])` forgets the tail of each row.
+    `tolerance` is how far an output may lie from the full forward's: 2e-5 in float32, 1e-12 where all is float64.
     """
 
     width: int = 0
@@ -236,6 +237,7 @@ class Cache(Adapter):
     full: Callable[..., Any] = None  # type: ignore[assignment]
     select: Callable[..., Any] | None = None
     truncate: Callable[..., Any] | None = None
+    tolerance: float = 2e-5
 
     needs: ClassVar = {
         **dict.fromkeys(("function", "start", "full")),

@@ -5,6 +5,7 @@ TestMyCache = cache_machine(my_adapter).TestCase    # pytest and unittest collec
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -14,8 +15,6 @@ from conformance.adapters import Cache
 from conformance.cases import gaussian
 from conformance.law import Violation, within
 
-TOLERANCE = 3e-5
-
 
 class Decoding:
     """A cache beside the tokens that it should hold; every output is compared with the full forward of those."""
@@ -23,7 +22,11 @@ class Decoding:
     def __init__(self, cache: Cache, *, rows: int = 2, capacity: int = 6, seed: int = 0):
         self.cache, self.capacity, self.seed = cache, capacity, seed
         self.tokens: list[np.ndarray] = [np.zeros((0, cache.width), "float32")] * rows
-        self.state = cache.start(rows, capacity)
+        self.state = self._start()
+
+    def _start(self) -> Any:
+        with self.cache.context():
+            return self.cache.start(len(self.tokens), self.capacity)
 
     @property
     def lengths(self) -> list[int]:
@@ -44,7 +47,7 @@ class Decoding:
         wanted = self._full()
         for i, length in enumerate(self.lengths):
             what = f"row {i}, positions {length - number} to {length - 1}, by the cache"
-            within(out[i], wanted[i, length - number : length], TOLERANCE, what)
+            within(out[i], wanted[i, length - number : length], self.cache.tolerance, what)
 
     def _overflow(self, x: np.ndarray, over: list[bool]) -> None:
         """The state stays what it was."""
@@ -81,7 +84,7 @@ class Decoding:
 
     def reset(self) -> None:
         """Begins anew."""
-        self.state = self.cache.start(len(self.tokens), self.capacity)
+        self.state = self._start()
         self.tokens = [row[:0] for row in self.tokens]
 
 

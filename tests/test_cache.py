@@ -25,7 +25,8 @@ from core.cache import (
 )
 from core.masks import Padding
 from core.relative import T5, ALiBi, Shaw, TransformerXL
-from tests.strategies import AttentionShape, qkv, seeds
+from tests.strategies import AttentionShape, floats, qkv, seeds
+from tests.test_attention import precision_of
 
 SHAPES = [AttentionShape((2,), 6, 6, 2, 2, 4, 4), AttentionShape((2, 3), 6, 6, 4, 2, 2, 2)]
 shapes = st.sampled_from(SHAPES)
@@ -46,8 +47,8 @@ def by_position(cache):
     return [np.asarray(x).swapaxes(-2, -3) for x in cache.slots]
 
 
-def empty(shape, capacity):
-    slots = empty_slots(shape.batch, capacity, shape.K, shape.H, jnp.float32)
+def empty(shape, capacity, dtype=jnp.float32):
+    slots = empty_slots(shape.batch, capacity, shape.K, shape.H, dtype)
     return KVCache(slots, jnp.zeros(shape.batch, jnp.int32))
 
 
@@ -57,18 +58,23 @@ def chunk(arrays, starts, size):
     return [np.take_along_axis(x, index, axis=-3) for x in arrays]
 
 
-def tokens(shape, seed):
-    return qkv(shape, seed)
+def tokens(shape, seed, dtype="float32"):
+    return qkv(shape, seed, dtype)
 
 
-@given(shapes, seeds, st.sampled_from([[6], [1] * 6, [2, 2, 2], [4, 1, 1], [1, 4, 1]]))
-def test_chunks_of_any_size_are_full_causal_attention(shape, seed, sizes):
-    arrays = tokens(shape, seed)
-    whole, cache, start = causal(*arrays), empty(shape, 6), 0
-    for size in sizes:
-        out, cache = attend(*chunk(arrays, np.full(shape.batch, start), size), cache)
-        np.testing.assert_allclose(out, whole[..., start : start + size, :, :], rtol=0, atol=2e-5)
-        start += size
+@given(shapes, seeds, st.sampled_from([[6], [1] * 6, [2, 2, 2], [4, 1, 1], [1, 4, 1]]), floats)
+def test_chunks_of_any_size_are_full_causal_attention(shape, seed, sizes, dtype):
+    """In 16 bits too all is computed in float32, and rounded once."""
+    arrays = tokens(shape, seed, dtype)
+    with precision_of(*arrays):
+        whole, cache, start = causal(*arrays), empty(shape, 6, arrays[0].dtype), 0
+        last = float(jnp.finfo(dtype).eps) if arrays[0].itemsize == 2 else 0.0
+        for size in sizes:
+            out, cache = attend(*chunk(arrays, np.full(shape.batch, start), size), cache)
+            wanted = np.asarray(whole[..., start : start + size, :, :], "float64")
+            near = 1e-12 if dtype == "float64" else 2e-5
+            np.testing.assert_allclose(np.asarray(out, "float64"), wanted, rtol=last, atol=near)
+            start += size
     exactly(np.asarray(cache.length), np.full(shape.batch, 6, "int32"))
     for slots, x in zip(by_position(cache), arrays[1:], strict=True):
         exactly(np.asarray(slots), x)
@@ -289,7 +295,8 @@ def test_a_length_that_no_cache_has_is_refused(length, message, untyped):
 @pytest.mark.parametrize(("queries", "keys", "values"), [(2, 3, 3), (3, 1, 1), (1, 2, 2), (3, 3, 2)])
 def test_new_queries_keys_and_values_are_of_the_same_tokens(queries, keys, values, untyped):
     arrays = [jnp.ones((2, length, 2, 4)) for length in (queries, keys, values)]
-    message = "k and v must agree in all axes but the last" if keys != values else "the same new tokens.*, got q"
+    message = rf"k and v must agree in all axes but the last, got k \(2, {keys}, .*, v \(2, {values}, "
+    message = message if keys != values else "the same new tokens.*, got q"
     with pytest.raises(ValueError, match=message):
         cached_attention(*arrays, empty(SHAPES[0], 6))
 

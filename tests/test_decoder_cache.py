@@ -1,5 +1,6 @@
 """The state machine of caches, for the decoders of both frontends: beams that share slots, and rows that own theirs."""
 
+import contextlib
 import functools
 
 import jax
@@ -15,15 +16,21 @@ from tests.frontends import CONFIG, FRONTENDS, random_weights
 
 KIND, VOCAB = "DecoderOnlyTransformer", CONFIG.vocab_size("target")
 MANY = _OWNED_UP_TO + 1
-CONFIGS = {
-    "rotary, two layers": CONFIG.replace(positions="rotary", num_decoder_layers=2, num_kv_heads=1),
-    "T5 and a window": CONFIG.replace(positions="t5", relative_buckets=4, relative_distance=5, attention_window=(2, 0)),
+ROTARY = {"positions": "rotary", "num_decoder_layers": 2, "num_kv_heads": 1}
+CHANGES = {
+    "rotary, two layers": ROTARY,
+    "the same in float64": ROTARY | {"dtype": "float64", "param_dtype": "float64"},
+    "T5 and a window": {"positions": "t5", "relative_buckets": 4, "relative_distance": 5, "attention_window": (2, 0)},
 }
 
 
-def decoder(package, config, beams):
+def decoder(package, changes, beams):
     """An adapter: vectors are read as token ids, and what comes out are logits; with `beams` the rows are those."""
-    weights = random_weights(config, 0, model_class=KIND)
+    wide = "dtype" in changes
+    context = (lambda: jax.enable_x64(True)) if wide else contextlib.nullcontext
+    with context():
+        config = CONFIG.replace(**changes)
+        weights = random_weights(config, 0, model_class=KIND)
     ids = lambda x: (jnp.abs(x[..., 0]) * 1000).astype(jnp.int32) % VOCAB
 
     def model(weights):
@@ -44,6 +51,8 @@ def decoder(package, config, beams):
         f"{package.__name__} decoder",
         lambda state, x: step(weights, state, jnp.asarray(x)),
         {"reorder"} if beams else {"reorder", "chunks"},
+        context,
+        tolerance=1e-12 if wide else 2e-5,
         width=1,
         start=functools.partial(start, weights),
         full=jax.jit(lambda x: model(weights)(ids(x))),
@@ -56,10 +65,10 @@ def decoder(package, config, beams):
 
 
 @pytest.mark.parametrize("beams", [False, True], ids=["rows", "beams"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("package", FRONTENDS.values(), ids=FRONTENDS)
 def test_the_caches_of_decoders_conform(package, name, beams):
-    adapter = decoder(package, CONFIGS[name], beams)
+    adapter = decoder(package, CHANGES[name], beams)
     for law in laws_for(adapter):
         verdict = judge(law, adapter, shrinks=0)
         assert verdict.status in ("holds", "not offered"), (law.name, verdict.failure)

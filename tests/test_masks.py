@@ -32,7 +32,7 @@ from core.masks import (
     segment_positions,
     segments,
 )
-from tests.strategies import SQUARE_SHAPES, attention_shapes, qkv, seeds
+from tests.strategies import SQUARE_SHAPES, attention_shapes, floats, qkv, seeds
 from tests.test_attention import attend, closely, exactly, replaced
 
 SHAPES = [(2, 1, 3, 3), (1, 1, 1), (2, 2, 2, 2, 5), (3, 2, 5, 3), (2, 1, 3, 1)]
@@ -385,9 +385,9 @@ def test_the_keys_of_a_prefix_are_seen_by_all_and_the_rest_is_causal(length, pre
         assert cells.all()
 
 
-@given(st.sampled_from(SQUARE_SHAPES[::2]), seeds)
-def test_packed_segments_are_separate_runs_and_do_not_touch(shape, seed):
-    q, k, v = qkv(shape, seed)
+@given(st.sampled_from(SQUARE_SHAPES[::2]), seeds, floats)
+def test_packed_segments_are_separate_runs_and_do_not_touch(shape, seed, dtype):
+    q, k, v = qkv(shape, seed, dtype)
     ids = np.broadcast_to([5, 5, 0, 0, 0, 2, 2][: shape.T], (*shape.batch, shape.T))
     how = {"mask": Segments(jnp.asarray(ids)), "causal": True}
     packed = attend(q, k, v, **how)
@@ -422,9 +422,9 @@ def test_segment_positions_are_each_rows_own():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@given(shape=st.sampled_from(SQUARE_SHAPES[2:]), seed=seeds)
-def test_padding_on_either_side_changes_no_real_row(side, shape, seed):
-    q, k, v = qkv(shape, seed)
+@given(shape=st.sampled_from(SQUARE_SHAPES[2:]), seed=seeds, dtype=floats)
+def test_padding_on_either_side_changes_no_real_row(side, shape, seed, dtype):
+    q, k, v = qkv(shape, seed, dtype)
     half = (shape.S + 1) // 2
     kept = slice(None, half) if side == "right" else slice(shape.S - half, None)
     real = np.zeros((*shape.batch, shape.S), bool)
@@ -436,13 +436,13 @@ def test_padding_on_either_side_changes_no_real_row(side, shape, seed):
     exactly(attend(q, *foul, mask=Padding(jnp.asarray(real)), causal=True)[..., kept, :, :], padded)
 
 
-@given(st.sampled_from(SQUARE_SHAPES[::2]), seeds)
-def test_padding_on_the_query_axis_makes_dead_rows_and_no_other_change(shape, seed):
-    q, k, v = qkv(shape, seed)
+@given(st.sampled_from(SQUARE_SHAPES[::2]), seeds, floats)
+def test_padding_on_the_query_axis_makes_dead_rows_and_no_other_change(shape, seed, dtype):
+    q, k, v = qkv(shape, seed, dtype)
     real = np.random.default_rng(seed).random((*shape.batch, shape.T)) < 0.6
     out = attend(q, k, v, mask=Padding(jnp.asarray(real)))
     dead = attend(q, k, v, mask=Padding(jnp.asarray(real)) & jnp.asarray(real[..., None, :, None]))
-    exactly(dead, np.where(real[..., None, None], out, np.float32(0)))
+    exactly(dead, np.where(real[..., None, None], out, out.dtype.type(0)))
 
 
 @given(st.sampled_from([(4,), (2, 4), (3, 2, 1), (0, 4), (2, 0)]), seeds)
