@@ -257,6 +257,28 @@ class Cache(Adapter):
             return np.asarray(out), state
 
 
+@dataclass(frozen=True)
+class Run(Adapter):
+    """A training that may be stopped: function(state, steps) -> (losses [steps], state), from where the state stands.
+
+    `start(seed)` is the state before the first step, `save(folder, state)` writes it into a folder that it makes, and
+    `load(folder)` reads it, in another process too. A state that was handed on is not used again.
+    """
+
+    start: Callable[..., Any] = None  # type: ignore[assignment]
+    save: Callable[..., Any] = None  # type: ignore[assignment]
+    load: Callable[..., Any] = None  # type: ignore[assignment]
+
+    needs: ClassVar = dict.fromkeys(("function", "start", "save", "load"))
+    kind = "training run"
+    flags: ClassVar = {}
+
+    def __call__(self, *arrays, **options):
+        with self.context():
+            losses, state = self.function(*arrays, **options)
+            return np.asarray(losses), state
+
+
 class Search(Adapter):
     """function(table [B, L, V, V], first int32 [B], *, max_length, beam_size, eos, pad, **options) -> int [B, L].
 

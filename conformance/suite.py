@@ -14,12 +14,13 @@ from conformance.laws import laws_for
 from conformance.museum.exhibit import Exhibit
 
 PEERS = ("jax_nn", "flax_nnx", "eqx_nn", "torch_sdpa")
-SHIPPED = tuple(f"conformance.subjects.{name}:adapters" for name in ("ours", *PEERS))
-OPTIONAL = ("flax", "equinox", "torch")
+SHIPPED = tuple(f"conformance.subjects.{name}:adapters" for name in ("ours", "runs", *PEERS))
+OPTIONAL = ("flax", "equinox", "torch", "optax", "grain", "orbax")
 RIGHT = (
     *(f"conformance.museum.right:{name}_attention" for name in ("numpy", "blocked")),
     "conformance.museum.jax_right:jax_attention",
     "conformance.museum.caches:right",
+    "conformance.museum.runs:right",
     *(f"conformance.museum.decoding:right_{name}" for name in ("search", "sampling")),
     "conformance.subjects.ours:adapters",
 )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core import cache as cache_module
 from core.attention import dot_product_attention
 from core.cache import (
     DecoderCache,
@@ -21,6 +22,7 @@ from core.cache import (
     cached_attention,
     empty_slots,
     select_beams,
+    slot_attention,
     spread_beams,
 )
 from core.masks import Padding
@@ -299,6 +301,17 @@ def test_new_queries_keys_and_values_are_of_the_same_tokens(queries, keys, value
     message = message if keys != values else "the same new tokens.*, got q"
     with pytest.raises(ValueError, match=message):
         cached_attention(*arrays, empty(SHAPES[0], 6))
+
+
+@pytest.mark.parametrize(("rows", "of_slots"), [((2,), (2,)), ((2, 3), (2, 1))], ids=["rows", "beams of one row"])
+def test_the_form_that_is_named_is_the_one_that_computes(rows, of_slots, monkeypatch):
+    asked = []
+    take = lambda q, k, v, implementation=None: asked.append(implementation) or q
+    monkeypatch.setattr(cache_module, "dot_product_attention", take)
+    slots = empty_slots(of_slots, 5, 2, 4, jnp.float32)
+    for name in ("blockwise", "materialised"):
+        slot_attention(jnp.ones((*rows, 2 if rows == of_slots else 1, 2, 4)), slots, implementation=name)
+    assert asked == ["blockwise", "materialised"]
 
 
 @pytest.mark.parametrize("rule", [{"causal": False}, {"q_offset": 99}])

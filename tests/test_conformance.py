@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from conformance.adapters import Attention, Cache, Sampling, Search, Sinusoid, WeightsFile
+from conformance.adapters import Attention, Cache, Run, Sampling, Search, Sinusoid, WeightsFile
 from conformance.cache_machine import Decoding, cache_machine
 from conformance.law import Violation, judge, law, refuses, require, same_bits, within
 from conformance.laws import ALL, laws_for, named
 from conformance.laws import decoding as laws_of_search
 from conformance.laws.sampling import nucleus
-from conformance.museum import EXHIBITS, LATER, caches, decoding
+from conformance.museum import EXHIBITS, UNSHOWN, caches, decoding
+from conformance.museum import runs as museum_runs
 from conformance.museum.jax_right import jax_attention
 from conformance.museum.right import blocked_attention, numpy_attention
 from conformance.snippet import literal, snippet
-from conformance.subjects import eqx_nn, flax_nnx, jax_nn, ours
+from conformance.subjects import eqx_nn, flax_nnx, jax_nn, ours, runs
 
 EXAMPLES = 10
 OURS = [
     pytest.param(adapter, law, id=f"{adapter.name}-{law.name}")
-    for adapter in ours.adapters
+    for adapter in ours.adapters + runs.adapters
     for law in laws_for(adapter)
     if law.needs <= adapter.can and not law.lacks & adapter.can
 ]
@@ -50,7 +51,8 @@ def test_every_bug_of_the_museum_is_rejected_by_the_laws_it_names_and_by_a_snipp
         verdict = judge(named(name), exhibit.adapter, shrinks=0)
         assert verdict.status not in ("holds", "not offered"), f"{name} lets {exhibit.defect!r} pass"
         code = snippet(target, verdict)
-        broken = pytest.raises((Violation, KeyError)) if ").check(" in code else contextlib.nullcontext()
+        raised = pytest.raises((Violation, KeyError, FileNotFoundError))
+        broken = raised if ").check(" in code else contextlib.nullcontext()
         with broken, warnings.catch_warnings(action="ignore"):  # NumPy's, of what the wrong one does
             exec(code, {})
 
@@ -60,6 +62,7 @@ RIGHT = [
     blocked_attention,
     jax_attention,
     caches.right,
+    museum_runs.right,
     decoding.right_search,
     decoding.right_sampling,
 ]
@@ -83,8 +86,8 @@ def test_a_right_attention_of_torch_passes_every_law():
 
 def test_the_museum_shows_every_entry_or_says_why_not():
     shown = {exhibit.number for exhibit in EXHIBITS}
-    assert shown | LATER.keys() == set(range(1, 48))
-    assert not shown & LATER.keys()
+    assert shown | UNSHOWN.keys() == set(range(1, 48))
+    assert not shown & UNSHOWN.keys()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +262,7 @@ def test_unknown_flags_are_named():
         (lambda: Attention("x", 3), "Attention 'x' needs a function that can be called, got 3"),
         (lambda: WeightsFile("x", print), "WeightsFile 'x' needs a load that can be called, got None"),
         (lambda: Cache("x", print, start=print), "Cache 'x' needs a full that can be called, got None"),
+        (lambda: Run("x", print, start=print, load=print), "Run 'x' needs a save that can be called, got None"),
         (
             lambda: Cache("x", print, {"reorder"}, start=print, full=print),
             "Cache 'x' needs a select that can be called, for it has the flag 'reorder', got None",

@@ -14,6 +14,7 @@ from conformance.laws import (
     loss,
     norm,
     rotary,
+    runs,
     sampling,
     visibility,
     weights,
@@ -21,7 +22,7 @@ from conformance.laws import (
 
 MODULES = (
     attention, visibility, edges, attention_dropout, gradients, cache, norm, rotary, encodings, dropout, loss, weights,
-    decoding, sampling,
+    decoding, sampling, runs,
 )  # fmt: skip
 ALL = tuple(x for module in MODULES for x in vars(module).values() if isinstance(x, Law))
 
