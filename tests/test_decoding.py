@@ -22,9 +22,11 @@ from core.decoding import (
     next_tokens,
     prefill,
     prompt_lengths,
+    sample,
     until_end,
     whole,
 )
+from core.sampling import Sampling, draw, row_keys
 from tests.strategies import seeds
 
 V, L = 6, 8
@@ -46,7 +48,7 @@ def start(logits, first):
     return jnp.asarray(logits), jnp.zeros(np.shape(first), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("max_length", "eos_id", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("max_length", "eos_id", "pad_id", "constraints"))
 def generate(logits, first, **options):
     return greedy(table_step, first, start(logits, first), **options)
 
@@ -76,6 +78,34 @@ def test_each_token_is_the_likeliest_until_the_end_and_padding_follows(batch, se
     assert out.dtype == np.int32
     for row in np.ndindex(batch):
         assert out[row].tolist() == expected(logits, first[row], **options)
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def generate_drawn(logits, first, keys, sampling):
+    return sample(table_step, first, start(logits, first), keys=keys, sampling=sampling, max_length=L, eos_id=-7)
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def drawn_one_by_one(logits, key, sampling):
+    keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(L))
+    return draw(logits, keys, sampling)
+
+
+@given(st.sampled_from([(3,), (2, 2)]), seeds)
+def test_token_t_of_a_row_is_drawn_with_its_key_folded_with_t(batch, seed):
+    logits, first, keys = table(seed), firsts(batch, seed), row_keys(jax.random.key(seed), batch)
+    out = np.asarray(generate_drawn(logits, first, keys, Sampling(top_k=4)))
+    for row in np.ndindex(batch):
+        before = [first[row], *out[row][:-1]]
+        wanted = drawn_one_by_one(logits[before, np.arange(L)], keys[row], Sampling(top_k=4))
+        np.testing.assert_array_equal(out[row], wanted)
+
+
+def test_a_penalty_is_for_tokens_that_came_and_not_for_the_padding_ahead():
+    logits = np.full((V, L, V), [2.0, 1.9, 0, 0, 0, 0], "float32")
+    assert PAD == 0
+    out = generate(logits, firsts((3,), 0), max_length=2, constraints=Constraints(repetition_penalty=2.0))
+    assert out.tolist() == [[0, 1]] * 3
 
 
 @pytest.mark.parametrize("batch", [(3,), (), (2, 2)])
@@ -249,6 +279,12 @@ def test_a_prompt_may_be_read_in_chunks_of_any_size(batch, seed, chunk):
     np.testing.assert_array_equal(found, np.where(np.arange(5) < lengths[..., None], tokens, -1))
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_no_prompt_leaves_the_cache_as_it_is(chunk):
+    nothing, lengths = jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32)
+    assert prefill(lambda *_: "another", nothing, "cache", lengths=lengths, chunk=chunk) == "cache"
+
+
 @pytest.mark.parametrize("chunk", [0, -1, 1.5])
 def test_a_chunk_holds_a_token_at_least(chunk, untyped):
     with pytest.raises(ValueError, match="prefill_chunk must be an integer of at least 1, got"):
@@ -257,7 +293,9 @@ def test_a_chunk_holds_a_token_at_least(chunk, untyped):
 
 def test_a_target_is_predicted_from_what_stands_before_it():
     target = jnp.asarray([[3, 4, 5], [6, 7, 8]], jnp.int32)
-    assert next_tokens(jnp.asarray([1, 2], jnp.int32), target).tolist() == [[1, 3, 4], [2, 6, 7]]
+    for dtype in ("int8", "int32"):
+        found = next_tokens(jnp.asarray([1, 2], jnp.int32), target.astype(dtype))
+        np.testing.assert_array_equal(found, np.array([[1, 3, 4], [2, 6, 7]], dtype), strict=True)
 
 
 def test_a_row_goes_up_to_its_first_end():

@@ -34,6 +34,7 @@ from core.layers import (
     source_vectors,
     stochastic_depth,
     unembed,
+    wider_dtype,
     zero_padding,
 )
 from tests.strategies import seeds
@@ -179,6 +180,31 @@ def test_linear_is_a_matrix_and_a_bias(batch, seed):
     x64, kernel64, bias64 = wide(x, kernel, bias)
     np.testing.assert_allclose(linear(x, kernel, bias), x64 @ kernel64 + bias64, atol=1e-5)
     np.testing.assert_allclose(linear(x, kernel), x64 @ kernel64, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 1, 4), (2, 8, 1, 4), (1, 4), (1, 1, 4)])
+def test_a_few_single_tokens_read_a_tied_table_as_it_lies(shape):
+    assert "optimization_barrier" in str(jax.make_jaxpr(attend)(jnp.ones(shape), jnp.ones((7, 4))))
+
+
+@pytest.mark.parametrize("shape", [(17, 1, 4), (3, 6, 1, 4), (3, 2, 4), (2, 4), (4,), (0, 1, 4), (0, 4)])
+def test_all_others_read_it_transposed(shape):
+    assert "optimization_barrier" not in str(jax.make_jaxpr(attend)(jnp.ones(shape), jnp.ones((7, 4))))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wider"),
+    [
+        ("float32", "float64", "float64"),
+        ("float64", "float32", "float64"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "float16", "float32"),
+        ("bfloat16", "float16", "bfloat16"),
+        ("float16", "bfloat16", "float16"),
+    ],
+)
+def test_the_wider_dtype_has_more_bits_and_of_equals_is_the_first(a, b, wider):
+    assert wider_dtype(jnp.dtype(a), jnp.dtype(b)) == jnp.dtype(wider)
 
 
 def test_a_tied_table_gives_the_same_logits_by_either_product(x64):
@@ -327,6 +353,13 @@ def test_a_dtype_that_is_refused_is_named_with_its_module(untyped):
     named = jax.named_scope("decoder")(linear)
     with pytest.raises(TypeError, match=r"x must be floating point, got int32 in decoder; cast it"):
         jax.jit(named)(INTEGERS, SQUARE)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_scale_of_another_width_is_refused(norm, width, untyped):
+    with pytest.raises(ValueError, match=rf"x must be as wide as scale \({width},\), got \(2, 3, 4\)"):
+        NORMS[norm](X, jnp.ones(width))
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -601,6 +634,11 @@ def test_stochastic_depth_drops_whole_examples_and_scales_the_others(rate):
     assert (out[~stays] == 0).all()
     assert sigmas(stays, rate) < 6
     assert sigmas(stays[0] == stays[1], 2 * rate * (1 - rate)) < 6  # rows are independent
+
+
+def test_a_rate_of_stochastic_depth_may_be_traced():
+    x, key = jnp.asarray(EXAMPLES), jax.random.key(2)
+    exactly(jax.jit(stochastic_depth)(x, jnp.float32(0.5), key=key), stochastic_depth(x, 0.5, key=key))
 
 
 def test_stochastic_depth_is_its_key_and_needs_one():
