@@ -182,9 +182,10 @@ def test_linear_is_a_matrix_and_a_bias(batch, seed):
     np.testing.assert_allclose(linear(x, kernel), x64 @ kernel64, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(16, 1, 4), (2, 8, 1, 4), (1, 4), (1, 1, 4)])
-def test_a_few_single_tokens_read_a_tied_table_as_it_lies(shape):
-    assert "optimization_barrier" in str(jax.make_jaxpr(attend)(jnp.ones(shape), jnp.ones((7, 4))))
+def test_a_few_single_tokens_read_a_tied_table_as_it_lies(shape, dtype):
+    assert "optimization_barrier" in str(jax.make_jaxpr(attend)(jnp.ones(shape, dtype), jnp.ones((7, 4))))
 
 
 @pytest.mark.parametrize("shape", [(17, 1, 4), (3, 6, 1, 4), (3, 2, 4), (2, 4), (4,), (0, 1, 4), (0, 4)])
