@@ -314,11 +314,11 @@ class _Task:
 
         nothing = lambda: (jax.tree.map(jnp.zeros_like, parts), jnp.zeros_like(sums.k), jnp.zeros_like(sums.v))
         part, k, v = self.if_any(allowed, seen, nothing)
-        bias = sums.gradients.bias
-        gradients = sums.gradients._replace(
-            q=block.add(sums.gradients.q, part.q, "TNH"),
-            bias=None if bias is None or part.bias is None else block.add(bias, part.bias, "NTS"),
-            relative=jax.tree.map(jnp.add, sums.gradients.relative, part.relative),
+        gradients = sums.gradients
+        gradients = gradients._replace(
+            q=block.add(gradients.q, part.q, "TNH"),
+            bias=jax.tree.map(lambda x, of_block: block.add(x, of_block, "NTS"), gradients.bias, part.bias),
+            relative=jax.tree.map(jnp.add, gradients.relative, part.relative),
         )
         return _Sums(gradients, sums.k + k, sums.v + v)
 

@@ -114,8 +114,7 @@ class Prefix(Mask):
         return grid.keys() < length.astype(jnp.int32).reshape(*(length.shape or (1,) * len(batch)), 1, 1, 1)
 
     def cut(self, block: Block) -> "Prefix":
-        length = jnp.asarray(self.length)
-        return Prefix((block.cut(length, "") if length.ndim else length).astype(jnp.int32) - block.keys[0])
+        return Prefix(block.cut(jnp.asarray(self.length), "").astype(jnp.int32) - block.keys[0])
 
     def span(self, first, last, keys):
         return 0, jnp.max(jnp.asarray(self.length)).astype(jnp.int32)

@@ -122,6 +122,15 @@ def test_composed_masks_act_alike(shape, seed):
     equal_within(*both_ways(shape, (*qkv(shape, seed), {}), {"mask": composed(shape, seed), "q_offset": 1}, seed), 64)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint32", "int32", "int64"])
+def test_a_prefix_of_its_own_for_each_row_acts_alike_whatever_its_integers_are(dtype):
+    """The longest one reaches blocks of keys that the others leave out."""
+    shape = SQUARE_SHAPES[2]
+    with jax.enable_x64(dtype == "int64"):
+        mask = Causal() | Prefix(jnp.asarray([0, 5, 4], dtype))
+        equal_within(*both_ways(shape, (*qkv(shape, 0), {}), {"mask": mask}, 0), 64)
+
+
 def composed(shape, seed):
     rng = np.random.default_rng([seed, 8])
     real = jnp.asarray(rng.random((*shape.batch, shape.S)) < 0.8)
@@ -289,9 +298,12 @@ def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, ri
         assert not cells[:, outside].any()
 
 
-def test_the_span_of_a_window_is_tight():
-    begin, end = (Causal() & Window(3, 0)).span(jnp.int32(10), jnp.int32(12), 50)
-    assert (int(begin), int(end)) == (7, 13)
+@pytest.mark.parametrize(
+    ("window", "keys", "span"), [((3, 0), 50, (7, 13)), ((3, 2), 8, (7, 8)), ((2**40, 2**40), 50, (0, 13))]
+)
+def test_the_span_of_a_window_is_tight(window, keys, span):
+    begin, end = (Causal() & Window(*window)).span(jnp.int32(10), jnp.int32(12), keys)
+    assert (int(begin), int(end)) == span
 
 
 def test_spans_hold_at_the_last_position():
