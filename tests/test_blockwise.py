@@ -298,6 +298,16 @@ def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, ri
         assert not cells[:, outside].any()
 
 
+def test_only_arrays_are_looked_at_to_skip_a_block():
+    """By positions alone it is known before."""
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    conditions = [
+        str(jax.make_jaxpr(functools.partial(blockwise_attention, mask=mask))(q, k, v)).count("cond[")
+        for mask in (Window(1, 1), Causal(), Causal() & Padding(jnp.ones((2, 3), bool)))
+    ]
+    assert conditions[0] == conditions[1] == conditions[2] - 1
+
+
 @pytest.mark.parametrize(
     ("window", "keys", "span"), [((3, 0), 50, (7, 13)), ((3, 2), 8, (7, 8)), ((2**40, 2**40), 50, (0, 13))]
 )
