@@ -298,6 +298,15 @@ def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, ri
         assert not cells[:, outside].any()
 
 
+def test_only_a_length_that_leaves_a_rest_costs_a_choice():
+    def choices(queries, keys):
+        q, k = jnp.ones((queries, 1, 4)), jnp.ones((keys, 1, 4))
+        loss = lambda q, k: blockwise_attention(q, k, k, block=(2, 2)).sum()
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(q, k)).count("select_n")
+
+    assert choices(4, 4) == choices(4, 2) < min(choices(4, 5), choices(5, 4))
+
+
 def test_only_arrays_are_looked_at_to_skip_a_block():
     """By positions alone it is known before."""
     q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
