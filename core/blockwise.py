@@ -365,7 +365,7 @@ class _Task:
     def dropped(self, weights: Array, unit: Array, i: Array, j: Array) -> Array:
         """The weights after dropout, whose key is the block's own."""
         key = self.fixed.dropout_key
-        if key is None or not self.static.dropout_rate:
+        if key is None:
             return weights
         key = functools.reduce(jax.random.fold_in, (unit * self.rows + i, j), key)
         return dropout(weights, self.static.dropout_rate, key=key)
