@@ -448,7 +448,7 @@ def main() -> int:
     )
     parser.add_argument("--changed", metavar="BASE", help="only mutants of lines that differ from this commit")
     parser.add_argument(
-        "--since", type=lambda name: Path(name).resolve(), help="a report; what it says was killed is not tried again"
+        "--since", type=lambda name: Path(name).resolve(), help="a report whose killed and listed mutants stay so"
     )
     options = parser.parse_args()
     listed, place = equivalents(), snapshot()
@@ -474,13 +474,16 @@ def chosen_mutants(options: argparse.Namespace) -> dict[str, list[Mutant]]:
     return {file: list(group) for file, group in itertools.groupby(mutants, key=lambda m: m.file)}
 
 
-def killed_before(report: Path) -> dict[str, Result]:
-    """The mutants that a report says were killed. Where tests have only been added, they still are."""
-    rows = [row for row in json.loads(report.read_text())["results"] if row["outcome"] in ("killed", "timeout")]
+def known_before(report: Path, listed: list[str]) -> dict[str, Result]:
+    """The mutants that a report says were killed, and the survivors that are listed.
+
+    Where tests have only been added, the first still are; of the others a run without a report tells.
+    """
     found = [
-        Result(Mutant(**row["mutant"], lines=(), source=""), row["outcome"], row["by"], row["seconds"]) for row in rows
+        Result(Mutant(**row["mutant"], lines=(), source=""), row["outcome"], row["by"], row["seconds"])
+        for row in json.loads(report.read_text())["results"]
     ]
-    return {str(result.mutant): result for result in found}
+    return {str(r.mutant): r for r in found if r.outcome in ("killed", "timeout") or str(r.mutant) in listed}
 
 
 def killed_of(results: list[Result]) -> float:
@@ -498,7 +501,7 @@ def write_report(file: Path, results: list[Result]) -> None:
 
 def run(options: argparse.Namespace, listed: list[str]) -> int:
     """Tries the mutants that were asked for; 0 if enough are killed and every survivor is listed."""
-    chosen, before = chosen_mutants(options), {} if options.since is None else killed_before(options.since)
+    chosen, before = chosen_mutants(options), {} if options.since is None else known_before(options.since, listed)
     warm_up()
     results: list[Result] = []
     for file, mutants in chosen.items():
