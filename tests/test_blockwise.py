@@ -313,6 +313,12 @@ def test_outside_of_its_span_a_mask_allows_nothing(shape, seed, offset, left, ri
         assert not cells[:, outside].any()
 
 
+def test_sums_over_queries_are_laid_out_for_their_product():
+    q, k, v = map(jnp.asarray, qkv(SQUARE_SHAPES[0], 0))
+    gradient = jax.grad(lambda k: blockwise_attention(q, k, v).sum())
+    assert str(jax.make_jaxpr(gradient)(k)).count("optimization_barrier") == 2  # of keys and of values
+
+
 def test_only_a_length_that_leaves_a_rest_costs_a_choice():
     def choices(queries, keys):
         q, k = jnp.ones((queries, 1, 4)), jnp.ones((keys, 1, 4))

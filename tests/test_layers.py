@@ -188,6 +188,13 @@ def test_a_few_single_tokens_read_a_tied_table_as_it_lies(shape, dtype):
     assert "optimization_barrier" in str(jax.make_jaxpr(attend)(jnp.ones(shape, dtype), jnp.ones((7, 4))))
 
 
+def test_a_table_read_as_it_lies_is_rounded_to_the_vectors_as_the_other_product_rounds_it():
+    x, table = drawn(0, (3, 1, 4), (7, 4))
+    x = x.astype(jnp.bfloat16)
+    np.testing.assert_allclose(attend(x, table), unembed(x, table.T), rtol=1e-6, atol=1e-6)
+    assert np.abs(attend(x, table) - x.astype(jnp.float32) @ table.T).max() > 1e-4
+
+
 @pytest.mark.parametrize("shape", [(17, 1, 4), (3, 6, 1, 4), (3, 2, 4), (2, 4), (4,), (0, 1, 4), (0, 4)])
 def test_all_others_read_it_transposed(shape):
     assert "optimization_barrier" not in str(jax.make_jaxpr(attend)(jnp.ones(shape), jnp.ones((7, 4))))
