@@ -21,7 +21,7 @@ from tests.strategies import RECTANGULAR_SHAPES, SQUARE_SHAPES, AttentionShape, 
 CUTS = {  # queries and keys: with a rest, the other way round, exactly, one by one, all at once
     SQUARE_SHAPES[2]: (2, 3),
     RECTANGULAR_SHAPES[1]: (4, 2),
-    AttentionShape((2, 3), 4, 6, 4, 2, 3, 5): (2, 3),
+    AttentionShape((4, 2), 4, 6, 4, 2, 3, 5): (2, 3),
     AttentionShape((2,), 2, 5, 4, 4, 4, 4): (1, 1),
     SQUARE_SHAPES[0]: (64, 64),
 }
