@@ -1,6 +1,7 @@
 """Bad input to attention: each error says the rule, what came and the remedy."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from core.attention import (
@@ -190,3 +191,9 @@ def test_values_that_do_not_go_with_their_weights_are_refused(shape, untyped):
     rule = r"weights \[\*B, N, T, S\] and v \[\*B, S, K, Hv\] must agree in \*B and S, N a multiple of K"
     with pytest.raises(ValueError, match=rf"{rule}, got weights \(2, 4, 3, 3\), v \({shape[0]}, "):
         weighted_values(jnp.ones((2, 4, 3, 3)), jnp.ones(shape))
+
+
+def test_what_numpy_made_is_taken_too(untyped):
+    given = small(bias=jnp.asarray(gaussian((2, 4, 3, 3))), sinks=jnp.asarray(gaussian(4)), causal=True)
+    of_numpy = {name: np.bool_(x) if name == "causal" else np.asarray(x) for name, x in given.items()}
+    np.testing.assert_array_equal(dot_product_attention(**of_numpy), dot_product_attention(**given))
