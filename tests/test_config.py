@@ -115,6 +115,7 @@ def test_what_was_invented_later_is_off_unless_asked_for():
     assert config.attention_scale is config.attention_soft_cap is config.attention_window is config.rotary_dim is None
     assert config.source_features is None
     assert not any((config.attention_sinks, config.qk_norm, config.history_length, config.stochastic_depth_rate))
+    assert not any((config.remat, config.scan_layers))
     assert (config.rotary_layout, config.rotary_scaling, config.rotary_factor) == ("half", "none", 1.0)
     assert (config.relative_distance, config.relative_buckets) == (128, 32)  # T5's
     assert (config.rotary_theta, config.rotary_original_length) == (10_000.0, 2048)

@@ -194,8 +194,8 @@ def test_encodings_come_in_the_dtype_of_x(kind, dtype, x64):
 @pytest.mark.parametrize("kind", sorted(set(get_args(Positions)) - {"sinusoidal", "learned"}))
 def test_other_kinds_leave_x_as_it_is(kind):
     x, ids = jnp.asarray(vectors((2, 3, 4), 0)), jnp.arange(3, dtype=jnp.int32)[None]
-    for positions in (ids, jnp.zeros((9, 9), jnp.int32)):  # nor looks at them
-        np.testing.assert_array_equal(add_positions(x, positions, kind=kind), x, strict=True)
+    for unseen in (ids, jnp.zeros((9, 9), jnp.int32)):
+        np.testing.assert_array_equal(add_positions(x, unseen, kind=kind), x, strict=True)
 
 
 def test_learned_positions_need_their_table():
@@ -388,7 +388,7 @@ def test_positions_that_are_no_integers_raise(untyped):
 
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3), (4,), (1, 2, 4), (2, 5)])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3), (4,), (2,), (1, 2, 4), (2, 5)])
 def test_positions_of_another_shape_than_the_tokens_raise(kind, shape, untyped):
     """Three rows of them would make three rows of one."""
     x, ids = jnp.ones((1 if shape == (3, 4) else 2, 4, 6)), jnp.zeros(shape, jnp.int32)
