@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.beam_search import beam_search
-from core.constraints import FREE, Constraints, forbid, penalised
+from core.constraints import FREE, Constraints, check_id, check_ids, forbid, penalised
 from core.decoding import EOS, PAD, greedy, sample
 from core.sampling import Sampling, row_keys
 from tests.strategies import seeds
@@ -33,6 +33,18 @@ def forbidden(scores, tokens, position, rules, forced=None, eos_id=EOS):
 
 
 lowered = jax.jit(penalised, static_argnums=3)
+
+
+def test_ids_are_those_of_the_vocabulary():
+    for token in (0, V - 1):
+        check_id("eos_id", token, V)
+    for token in (-1, V):
+        with pytest.raises(ValueError, match=rf"eos_id must lie in the target vocabulary \[0, {V}\), got {token}"):
+            check_id("eos_id", token, V)
+
+
+def test_no_token_need_be_forced():
+    check_ids(FREE, jnp.zeros((2, 0), jnp.int32), V)
 
 
 def repeats(came, token, n):

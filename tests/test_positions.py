@@ -277,6 +277,17 @@ def test_positions_that_int32_cannot_hold_are_refused_by_dtype_traced_or_not(dty
             transform(lambda offset: position_ids(x, offset))(ids[0, :1])
 
 
+def test_all_positions_that_int32_holds_may_come_wide_and_none_at_all(x64):
+    ends = np.array([[-(2**31), -(2**30) - 1, 2**31 - 1]])
+    np.testing.assert_array_equal(sinusoidal(jnp.asarray(ends), 4), sinusoidal(jnp.asarray(ends, "int32"), 4))
+    assert sinusoidal(jnp.zeros((0, 3), "int64"), 4).shape == (0, 3, 4)
+
+
+def test_an_offset_too_large_to_be_an_integer_is_no_integer(untyped):
+    with pytest.raises(TypeError, match="an offset must be an integer or an array of them, got float32"):
+        position_ids(jnp.ones((2, 3, 4)), jnp.float32(1e30))
+
+
 @pytest.mark.parametrize("bad", [2**31, -(2**31) - 1, 2**32])
 def test_known_positions_beyond_int32_raise(bad, x64, untyped):
     low, high = min(bad, 7), max(bad, 7)
