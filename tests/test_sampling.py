@@ -53,6 +53,10 @@ def expected(row, *, top_k=None, top_p=None, min_p=None):
     return set(order)
 
 
+def test_nothing_is_changed_unless_asked_for():
+    assert Sampling() == Sampling(temperature=1.0, top_k=None, top_p=None, min_p=None)
+
+
 @given(batches, seeds)
 def test_the_likeliest_token_is_the_first_of_the_highest(batch, seed):
     logits = logits_of(batch, seed, tied=True)
