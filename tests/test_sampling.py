@@ -54,7 +54,8 @@ def expected(row, *, top_k=None, top_p=None, min_p=None):
 
 
 def test_nothing_is_changed_unless_asked_for():
-    assert Sampling() == Sampling(temperature=1.0, top_k=None, top_p=None, min_p=None)
+    rules = Sampling()
+    assert (rules.temperature, rules.top_k, rules.top_p, rules.min_p) == (1.0, None, None, None)
 
 
 @given(batches, seeds)
