@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.weights import check_weights, dotted, load, metadata, owned, save
+from core.weights import check_weights, dotted, fitted, is_stacked, load, metadata, owned, save, unstacked
 from tests.frontends import CONFIG, FRONTENDS, random_weights, same_bits
 from tests.strategies import seeds
 
@@ -414,3 +414,57 @@ def test_dotted_names_are_attribute_paths():
     tree = {"encoder": {"blocks": [{"kernel": 1}, {"kernel": 2}]}}
     names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     assert names == ["encoder.blocks.0.kernel", "encoder.blocks.1.kernel"]
+
+
+STACKS = {  # arrays that hold all layers, and some that do not though they stand beside them
+    "encoder.blocks.stacked.bias": (3, 2),
+    "encoder.blocks.stacked.count": (),
+    "encoder.blocks.stacked.kernel": (3, 2, 4),
+    "decoder.blocks.stacked.bias": (2, 5),
+    "decoder.norm.scale": (2,),
+}
+BY_LAYER = {
+    "encoder.blocks.0.bias": ("encoder.blocks.stacked.bias", 0),
+    "encoder.blocks.stacked.count": ("encoder.blocks.stacked.count", ...),
+    "encoder.blocks.0.kernel": ("encoder.blocks.stacked.kernel", 0),
+    "encoder.blocks.1.bias": ("encoder.blocks.stacked.bias", 1),
+    "encoder.blocks.1.kernel": ("encoder.blocks.stacked.kernel", 1),
+    "encoder.blocks.2.bias": ("encoder.blocks.stacked.bias", 2),
+    "encoder.blocks.2.kernel": ("encoder.blocks.stacked.kernel", 2),
+    "decoder.blocks.0.bias": ("decoder.blocks.stacked.bias", 0),
+    "decoder.blocks.1.bias": ("decoder.blocks.stacked.bias", 1),
+    "decoder.norm.scale": ("decoder.norm.scale", ...),
+}
+
+
+def stacks():
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal(shape), "float32") for name, shape in STACKS.items()}
+
+
+def test_a_stack_is_its_layers_in_the_order_of_the_loop():
+    arrays = stacks()
+    assert [name for name, array in arrays.items() if is_stacked(name, array)] == [
+        name for name, shape in STACKS.items() if "stacked" in name and shape
+    ]
+    layers = unstacked(arrays)
+    assert list(layers) == list(BY_LAYER)
+    assert same_bits(layers, {name: arrays[source][index] for name, (source, index) in BY_LAYER.items()})
+
+
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)], ids=["arrays", "shapes"])
+def test_layers_fit_into_their_stacks(of):
+    arrays = stacks()
+    held = fitted(unstacked(arrays), {name: of(array) for name, array in arrays.items()})
+    assert list(held) == list(arrays)
+    assert same_bits(held, arrays)
+    assert all(held[name] is not arrays[name] for name in arrays)
+
+
+def test_a_layer_too_few_or_too_many_is_named():
+    arrays = stacks()
+    layers = unstacked(arrays)
+    layers["decoder.blocks.2.bias"] = layers.pop("decoder.blocks.1.bias")
+    message = r"missing decoder\.blocks\.1\.bias float32\[5\]\n.*extra decoder\.blocks\.2\.bias float32\[5\]"
+    with pytest.raises(ValueError, match=message):
+        fitted(layers, arrays)
