@@ -420,6 +420,7 @@ STACKS = {  # arrays that hold all layers, and some that do not though they stan
     "encoder.blocks.stacked.bias": (3, 2),
     "encoder.blocks.stacked.count": (),
     "encoder.blocks.stacked.kernel": (3, 2, 4),
+    "encoder.blocks.stacked.rate": (3,),
     "decoder.blocks.stacked.bias": (2, 5),
     "decoder.norm.scale": (2,),
 }
@@ -427,10 +428,13 @@ BY_LAYER = {
     "encoder.blocks.0.bias": ("encoder.blocks.stacked.bias", 0),
     "encoder.blocks.stacked.count": ("encoder.blocks.stacked.count", ...),
     "encoder.blocks.0.kernel": ("encoder.blocks.stacked.kernel", 0),
+    "encoder.blocks.0.rate": ("encoder.blocks.stacked.rate", 0),
     "encoder.blocks.1.bias": ("encoder.blocks.stacked.bias", 1),
     "encoder.blocks.1.kernel": ("encoder.blocks.stacked.kernel", 1),
+    "encoder.blocks.1.rate": ("encoder.blocks.stacked.rate", 1),
     "encoder.blocks.2.bias": ("encoder.blocks.stacked.bias", 2),
     "encoder.blocks.2.kernel": ("encoder.blocks.stacked.kernel", 2),
+    "encoder.blocks.2.rate": ("encoder.blocks.stacked.rate", 2),
     "decoder.blocks.0.bias": ("decoder.blocks.stacked.bias", 0),
     "decoder.blocks.1.bias": ("decoder.blocks.stacked.bias", 1),
     "decoder.norm.scale": ("decoder.norm.scale", ...),
@@ -452,9 +456,10 @@ def test_a_stack_is_its_layers_in_the_order_of_the_loop():
     assert same_bits(layers, {name: arrays[source][index] for name, (source, index) in BY_LAYER.items()})
 
 
-@pytest.mark.parametrize("of", [lambda x: x, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)], ids=["arrays", "shapes"])
-def test_layers_fit_into_their_stacks(of):
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_layers_fit_into_their_stacks(by_shape):
     arrays = stacks()
+    of = (lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)) if by_shape else (lambda x: x)
     held = fitted(unstacked(arrays), {name: of(array) for name, array in arrays.items()})
     assert list(held) == list(arrays)
     assert same_bits(held, arrays)
