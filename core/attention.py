@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.blockwise import blockwise_attention
 from core.config import Implementation, check_rate
-from core.layers import dropout
+from core.layers import dropout, wide_dtype
 from core.logits import (
     Rules,
     allowed_keys,
@@ -120,8 +120,8 @@ def attention_with_weights(
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
     exponentials, total = softmax_parts(_logits(q, k, grid, allowed, rules), allowed, rules)
     dropped = dropout(exponentials, dropout_rate, key=dropout_key)
-    out = isolated_values(dropped, v, allowed, total)
-    return with_relative_values(out, dropped, total, grid, rules), exponentials / total
+    out = isolated_values(dropped, wide_values(v, rules), allowed, total)
+    return with_relative_values(out, dropped, total, grid, rules).astype(v.dtype), exponentials / total
 
 
 def _materialised(q: Array, k: Array, v: Array, rules: Rules) -> Array:
@@ -155,8 +155,8 @@ def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
     check_values(k, v)
     ceiling = jnp.where(allowed, jnp.inf, -jnp.inf)
     exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
-    out = weighted_values(exponentials, _without_unseen(v, allowed), total)
-    out = with_relative_values(out, exponentials, total, grid, rules)
+    out = weighted_values(exponentials, _without_unseen(wide_values(v, rules), allowed), total)
+    out = with_relative_values(out, exponentials, total, grid, rules).astype(v.dtype)
     return unless_finite(out, exactly)
 
 
@@ -178,6 +178,11 @@ def all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
 def _all_rows_finite(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
     del axis_size, in_batched
     return all_finite(x), False
+
+
+def wide_values(v: Float[Array, "*B S K Hv"], rules: Rules) -> Float[Array, "*B S K Hv"]:
+    """v in the dtype of its sums if a relative encoding may add to them, so that all of it is rounded once."""
+    return v if rules.get("relative") is None else v.astype(wide_dtype(v))
 
 
 def with_relative_values(

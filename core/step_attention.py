@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.attention import isolated_values, softmax_parts, unless_finite, with_relative_values
+from core.attention import isolated_values, softmax_parts, unless_finite, wide_values, with_relative_values
 from core.layers import wide_dtype, wider_dtype
 from core.logits import (
     Rules,
@@ -42,7 +42,8 @@ def step_attention(
     relative = rules.get("relative")
     if owners is not None and relative is not None:
         k, v, owners = _gathered(k, owners), _gathered(v, owners), None
-    grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
+    grid, allowed, dtype = logits_grid(q, k, rules), allowed_keys(q, k, **rules), v.dtype
+    v = wide_values(v, rules)
     owned = None if owners is None else _owned(owners)
     if owned is None:
         logits = attention_logits(q, k, grid, rules)
@@ -55,7 +56,7 @@ def step_attention(
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
         seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
         out = unless_finite(out, lambda: jnp.where(finite, out, seen()))
-    return with_relative_values(out, exponentials, total, grid, rules)
+    return with_relative_values(out, exponentials, total, grid, rules).astype(dtype)
 
 
 def _gathered(x: Float[Array, "*B W S K H"], owners: Integer[Array, "*B W S"]) -> Float[Array, "*B W S K H"]:

@@ -139,6 +139,17 @@ def test_sixteen_bits_err_at_most_twice_as_much_as_the_plain_computation(combina
     assert error <= 2 * np.abs(plain - exact).max() + 2 * noise + np.abs(rounded(exact) - exact).max()
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("combination", [COMBINATIONS[1], COMBINATIONS[3]], ids=str)
+@given(seed=seeds)
+def test_in_sixteen_bits_all_options_are_computed_in_float32_and_rounded_once(combination, dtype, seed):
+    low = (qkv(combination.shape, seed, dtype, scale=4.0), options(combination, seed, dtype))
+    wide = jax.tree.map(lambda x: x.astype("float32") if x.dtype == dtype else x, low)
+    found, wanted = (both(*q_k_v, **rules_of(combination, given)) for q_k_v, given in (low, wide))
+    exactly(found[1], wanted[1])
+    exactly(found[0], wanted[0].astype(dtype))
+
+
 @given(seed=seeds)
 def test_wide_values_may_stand_beside_narrow_queries_and_keys(seed):
     """Exponentials in float32, their sum with float64 values in float64: two roundings of the weights told are left."""

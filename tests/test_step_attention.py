@@ -309,3 +309,15 @@ def test_beams_that_share_their_slots_take_one_token_at_a_time(untyped):
     q, k, v = map(jnp.asarray, qkv(SHAPE._replace(T=2), 0))
     with pytest.raises(ValueError, match="beams that share their slots take one token at a time, got T=2"):
         slot_attention(q, as_slots(KeysValues(k, v)), owners=jnp.asarray(drawn_owners(0)), q_offset=3, causal=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_what_relative_encodings_add_is_not_rounded_apart(dtype):
+    rng = np.random.default_rng(0)
+    sizes = [(2, 1, 4, 3), (2, 5, 2, 3), (2, 5, 2, 5), (5, 3), (5, 5)]
+    low = [jnp.asarray(4 * rng.standard_normal(size), dtype) for size in sizes]
+    found, wanted = (
+        step_attention(q, k, v, relative=Shaw(of_keys, of_values), q_offset=3, causal=True)
+        for q, k, v, of_keys, of_values in (low, [x.astype(jnp.float32) for x in low])
+    )
+    np.testing.assert_array_equal(found, wanted.astype(dtype), strict=True)
