@@ -30,7 +30,7 @@ from tests.strategies import (
     qkv,
     seeds,
 )
-from tests.test_attention import FEW_SHAPES, STATIC, U, both, closely, exactly, gaussian
+from tests.test_attention import FEW_SHAPES, STATIC, U, attend, both, closely, exactly, gaussian
 
 EVERYTHING = COMBINATIONS[3]
 few_shapes = st.sampled_from([FEW_SHAPES[0], FEW_SHAPES[1]])
@@ -148,6 +148,8 @@ def test_in_sixteen_bits_all_options_are_computed_in_float32_and_rounded_once(co
     found, wanted = (both(*q_k_v, **rules_of(combination, given)) for q_k_v, given in (low, wide))
     exactly(found[1], wanted[1])
     exactly(found[0], wanted[0].astype(dtype))
+    found, wanted = (attend(*q_k_v, **rules_of(combination, given)) for q_k_v, given in (low, wide))
+    exactly(found, wanted.astype(dtype))
 
 
 @given(seed=seeds)
