@@ -223,8 +223,17 @@ class WeightsFile(Adapter):
     }
 
 
+class Stateful(Adapter):
+    """One whose function gives (numbers, state)."""
+
+    def __call__(self, *arrays, **options):
+        with self.context():
+            out, state = self.function(*arrays, **options)
+            return np.asarray(out), state
+
+
 @dataclass(frozen=True)
-class Cache(Adapter):
+class Cache(Stateful):
     """Causal attention in steps: function(state, x [B, T, width]) -> (out [B, T, ...], state).
 
     States are never changed in place. `start(rows, capacity)` is an empty state, `full(x)` the same attention
@@ -251,14 +260,9 @@ class Cache(Adapter):
         "ragged": "truncate, each row to its own length",
     }
 
-    def __call__(self, *arrays, **options):
-        with self.context():
-            out, state = self.function(*arrays, **options)
-            return np.asarray(out), state
-
 
 @dataclass(frozen=True)
-class Run(Adapter):
+class Run(Stateful):
     """A training that may be stopped: function(state, steps) -> (losses [steps], state), from where the state stands.
 
     `start(seed)` is the state before the first step, `save(folder, state)` writes it into a folder that it makes, and
@@ -272,11 +276,6 @@ class Run(Adapter):
     needs: ClassVar = dict.fromkeys(("function", "start", "save", "load"))
     kind = "training run"
     flags: ClassVar = {}
-
-    def __call__(self, *arrays, **options):
-        with self.context():
-            losses, state = self.function(*arrays, **options)
-            return np.asarray(losses), state
 
 
 class Search(Adapter):

@@ -12,6 +12,7 @@ from typing import Unpack, get_args
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.blockwise import blockwise_attention
@@ -120,7 +121,7 @@ def attention_with_weights(
     grid, allowed = logits_grid(q, k, rules), allowed_keys(q, k, **rules)
     exponentials, total = softmax_parts(_logits(q, k, grid, allowed, rules), allowed, rules)
     dropped = dropout(exponentials, dropout_rate, key=dropout_key)
-    out = isolated_values(dropped, wide_values(v, rules), allowed, total)
+    out = isolated_values(dropped, v, allowed, total, dtype=summed_dtype(v, rules))
     return with_relative_values(out, dropped, total, grid, rules).astype(v.dtype), exponentials / total
 
 
@@ -155,7 +156,7 @@ def _quickly(q: Array, k: Array, v: Array, rules: Rules) -> Array:
     check_values(k, v)
     ceiling = jnp.where(allowed, jnp.inf, -jnp.inf)
     exponentials, total = softmax_parts(jnp.minimum(_logits(q, k, grid, allowed, rules), ceiling), None, rules)
-    out = weighted_values(exponentials, _without_unseen(wide_values(v, rules), allowed), total)
+    out = weighted_values(exponentials, _without_unseen(v, allowed), total, dtype=summed_dtype(v, rules))
     out = with_relative_values(out, exponentials, total, grid, rules).astype(v.dtype)
     return unless_finite(out, exactly)
 
@@ -180,9 +181,9 @@ def _all_rows_finite(axis_size: int, in_batched: list[bool], x: Array) -> tuple[
     return all_finite(x), False
 
 
-def wide_values(v: Float[Array, "*B S K Hv"], rules: Rules) -> Float[Array, "*B S K Hv"]:
-    """v in the dtype of its sums if a relative encoding may add to them, so that all of it is rounded once."""
-    return v if rules.get("relative") is None else v.astype(wide_dtype(v))
+def summed_dtype(v: Float[Array, "*B S K Hv"], rules: Rules) -> jnp.dtype:
+    """Of the sums of v: a wide one if a relative encoding may add to them, so that all of it is rounded once."""
+    return v.dtype if rules.get("relative") is None else wide_dtype(v)
 
 
 def with_relative_values(
@@ -243,15 +244,17 @@ def isolated_values(
     v: Float[Array, "*B S K Hv"],
     allowed: Bool[Array, "..."] | None,
     total: Float[Array, "*B N T 1"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "*B T N Hv"]:
     """`weighted_values`, where NaN or Inf in a value makes NaN of the queries that may see it and of no other."""
     if allowed is None:
-        return weighted_values(weights, v, total)
+        return weighted_values(weights, v, total, dtype=dtype)
     v = _without_unseen(v, allowed)  # also where it is finite: its gradient may overflow
     finite = jnp.isfinite(v).all(axis=-1)
     finite_v = jnp.where(finite[..., None], v, jnp.zeros((), v.dtype))
     met = _met(~finite, allowed, weights.shape[-3])
-    return jnp.where(met, jnp.nan, weighted_values(weights, finite_v, total))
+    return jnp.where(met, jnp.nan, weighted_values(weights, finite_v, total, dtype=dtype))
 
 
 def _met(keys: Bool[Array, "*B S K"], allowed: Bool[Array, "..."], heads: int) -> Bool[Array, "*B T N 1"]:

@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from core.config import check_window
@@ -114,21 +115,28 @@ def sink_logits(sinks: Float[Array, "N"], logits: Float[Array, "*B N T S"]) -> F
 
 
 def weighted_values(
-    weights: Float[Array, "*B N T S"], v: Float[Array, "*B S K Hv"], total: Float[Array, "*B N T 1"] | None = None
+    weights: Float[Array, "*B N T S"],
+    v: Float[Array, "*B S K Hv"],
+    total: Float[Array, "*B N T 1"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "*B T N Hv"]:
-    """Sum over the keys of weight times value, by `total`, accumulated in the wider of the two dtypes, in v's dtype."""
+    """Sum over the keys of weight times value, by `total`, accumulated in the wider of the two dtypes.
+
+    It comes in v's dtype unless another is named.
+    """
     if (*v.shape[:-3], v.shape[-3]) != (*weights.shape[:-3], weights.shape[-1]) or weights.shape[-3] % v.shape[-2]:
         raise ValueError(
             "weights [*B, N, T, S] and v [*B, S, K, Hv] must agree in *B and S, N a multiple of K, "
             f"got weights {weights.shape}, v {v.shape}"
         )
-    dtype = wider_dtype(weights.dtype, v.dtype)
-    v_first = v.astype(dtype).swapaxes(-2, -3)
+    wider = wider_dtype(weights.dtype, v.dtype)
+    v_first = v.astype(wider).swapaxes(-2, -3)
     *batch, heads, queries, keys = weights.shape
-    grouped = weights.astype(dtype).reshape(*batch, v.shape[-2], heads // v.shape[-2] * queries, keys)
+    grouped = weights.astype(wider).reshape(*batch, v.shape[-2], heads // v.shape[-2] * queries, keys)
     out = (grouped @ v_first).reshape(*batch, heads, queries, v.shape[-1])
-    out = out if total is None else out / total.astype(dtype)
-    return out.swapaxes(-2, -3).astype(v.dtype)
+    out = out if total is None else out / total.astype(wider)
+    return out.swapaxes(-2, -3).astype(v.dtype if dtype is None else dtype)
 
 
 def check_rules(rules: Rules) -> None:

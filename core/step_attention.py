@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from core.attention import isolated_values, softmax_parts, unless_finite, wide_values, with_relative_values
+from core.attention import isolated_values, softmax_parts, summed_dtype, unless_finite, with_relative_values
 from core.layers import wide_dtype, wider_dtype
 from core.logits import (
     Rules,
@@ -42,8 +42,7 @@ def step_attention(
     relative = rules.get("relative")
     if owners is not None and relative is not None:
         k, v, owners = _gathered(k, owners), _gathered(v, owners), None
-    grid, allowed, dtype = logits_grid(q, k, rules), allowed_keys(q, k, **rules), v.dtype
-    v = wide_values(v, rules)
+    grid, allowed, dtype = logits_grid(q, k, rules), allowed_keys(q, k, **rules), summed_dtype(v, rules)
     owned = None if owners is None else _owned(owners)
     if owned is None:
         logits = attention_logits(q, k, grid, rules)
@@ -51,12 +50,16 @@ def step_attention(
         scaled = q.astype(wide_dtype(q)) * logits_scale(q, rules)
         logits = completed_logits(_owned_products(scaled, k, owned), q, k, grid, rules)
     exponentials, total = softmax_parts(logits, allowed, rules)
-    out = weighted_values(exponentials, v, total) if owned is None else _owned_values(exponentials, v, owned, total)
+    if owned is None:
+        out = weighted_values(exponentials, v, total, dtype=dtype)
+    else:
+        out = _owned_values(exponentials, v, owned, total)
     if allowed is not None:
         finite = jnp.isfinite(out).all(axis=-1, keepdims=True)
-        seen = lambda: isolated_values(exponentials, v if owners is None else _gathered(v, owners), allowed, total)
+        own = lambda: v if owners is None else _gathered(v, owners)
+        seen = lambda: isolated_values(exponentials, own(), allowed, total, dtype=dtype)
         out = unless_finite(out, lambda: jnp.where(finite, out, seen()))
-    return with_relative_values(out, exponentials, total, grid, rules).astype(dtype)
+    return with_relative_values(out, exponentials, total, grid, rules).astype(v.dtype)
 
 
 def _gathered(x: Float[Array, "*B W S K H"], owners: Integer[Array, "*B W S"]) -> Float[Array, "*B W S K H"]:

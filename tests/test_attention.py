@@ -24,7 +24,6 @@ from core.blockwise import blockwise_attention
 from core.masks import Padding
 from core.step_attention import step_attention
 from tests.strategies import (
-    FLOATS,
     RECTANGULAR_SHAPES,
     SQUARE_SHAPES,
     AttentionShape,
@@ -41,7 +40,7 @@ STATIC = ("causal", "window", "scale", "soft_cap", "dropout_rate", "implementati
 FEW_SHAPES = [RECTANGULAR_SHAPES[0], SQUARE_SHAPES[2], RECTANGULAR_SHAPES[2]]
 GROUPED = [SQUARE_SHAPES[3], RECTANGULAR_SHAPES[1]]
 few_shapes = st.sampled_from(FEW_SHAPES)
-cases = functools.partial(attention_cases, dtypes=["float32", *FLOATS])
+cases = functools.partial(attention_cases, dtypes=floats)
 compiled = jax.jit(dot_product_attention, static_argnames=STATIC)
 compiled_with_weights = jax.jit(attention_with_weights, static_argnames=STATIC)
 exactly = functools.partial(np.testing.assert_array_equal, strict=True)

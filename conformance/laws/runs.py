@@ -43,7 +43,7 @@ def goes_on(run, state, case: Case, what: str) -> None:
 def a_run_that_stops_goes_on_to_the_same_losses(run, case):
     """Its random numbers, optimizer, place in the data and ties come back, not its weights alone."""
     case = Case(*case)
-    with tempfile.TemporaryDirectory() as folder:
+    with run.context(), tempfile.TemporaryDirectory() as folder:
         stopped(run, case, Path(folder) / "saved")
         goes_on(run, run.load(Path(folder) / "saved"), case, "a run that was saved and loaded")
 
@@ -51,7 +51,7 @@ def a_run_that_stops_goes_on_to_the_same_losses(run, case):
 @law(Run, cases=cases, max_examples=1)
 def saving_a_run_changes_nothing(run, case):
     case = Case(*case)
-    with tempfile.TemporaryDirectory() as folder:
+    with run.context(), tempfile.TemporaryDirectory() as folder:
         goes_on(run, stopped(run, case, Path(folder) / "saved"), case, "a run that was saved")
 
 
@@ -59,7 +59,7 @@ def saving_a_run_changes_nothing(run, case):
 def a_copied_checkpoint_is_loaded_and_stays(run, case):
     """And the original is not asked for."""
     case = Case(*case)
-    with tempfile.TemporaryDirectory() as folder:
+    with run.context(), tempfile.TemporaryDirectory() as folder:
         saved, copied = Path(folder) / "saved", Path(folder) / "elsewhere" / "copied"
         stopped(run, case, saved)
         shutil.copytree(saved, copied)
